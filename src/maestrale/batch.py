@@ -1,0 +1,79 @@
+"""What travels between the engine and a backend: one step's work, flat and ragged, and its answer.
+
+Also the two laws that both sides must read alike: where a position's key lies (`slots`) and which keys a query
+sees (`visible`). They are written with plain operators, so numpy and torch arrays both fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def visible(query: Any, key: Any, window: int | None) -> Any:
+    """The one rule of sight: query position → key position. A window counts the query itself (N9)."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def slots(tables: Any, sequence: Any, positions: Any, page_size: int, ring: int) -> Any:
+    """The cache law: the slot of `positions` of `sequence`, through a page table of `ring` entries that wraps.
+
+    tables: [sequences, ring] page numbers; sequence, positions: integer arrays that broadcast together.
+    """
+    return tables[sequence, positions // page_size % ring] * page_size + positions % page_size
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How a runner's cache is cut: one entry for each kind of layer (distinct window), in `ModelConfig.windows` order.
+
+    ring: entries of a page table before it wraps. A windowed kind's ring holds `window + max_chunk - 1` positions,
+    so that a chunk may be written before any of its queries looks; an unwindowed kind's holds `max_len`.
+    pages: how many pages its pool has.
+    """
+
+    page_size: int
+    max_len: int
+    max_chunk: int
+    windows: tuple[int | None, ...]
+    rings: tuple[int, ...]
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work for B sequences that bring T new tokens in all; nothing is padded.
+
+    token_ids, positions: int64 [T], sequence after sequence; a position counts from its sequence's beginning.
+    starts: int64 [B + 1], the row at which each sequence begins; starts[B] = T.
+    tables: for each kind of layer, int64 [B, ring] page numbers (entries not yet granted are 0 and never read).
+    copies: for each kind, int64 [n, 2] pages (from, to) to copy before anything is written (copy on write).
+    logit_rows: int64 [N], the rows of T whose logits are wanted.
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    tables: tuple[NDArray[np.int64], ...]
+    copies: tuple[NDArray[np.int64], ...]
+    logit_rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """logits: float32 [N, vocab], the rows of `Batch.logit_rows` in order."""
+
+    logits: NDArray[np.float32]
+
+
+class Runner(Protocol):
+    """A backend with a model and a cache: it does one step at a time and knows nothing of requests."""
+
+    @property
+    def layout(self) -> CacheLayout: ...
+
+    def step(self, batch: Batch) -> StepOutput: ...

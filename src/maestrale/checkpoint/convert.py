@@ -1,0 +1,133 @@
+"""From one layout to another, tensor by tensor: memory holds one tensor, the disk gets all or nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from maestrale.checkpoint import hf, mistral
+from maestrale.checkpoint.dtypes import STORAGE, WEIGHT_DTYPES, StoredTensor, byte_count, cast, is_finite
+from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
+from maestrale.checkpoint.writer import (
+    Progress,
+    atomic_folder,
+    copy_file,
+    require_space,
+    write_json,
+    write_safetensors,
+)
+from maestrale.errors import CheckpointError, UsageError
+from maestrale.plan import count_parameters, tensor_plan
+
+SHARD_BYTES = 5_000_000_000
+COMPANIONS = re.compile(  # files beside the weights that a model needs to be of use
+    r"tokenizer\.model.*|tekken\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
+    r"|generation_config\.json|chat_template.*"
+)
+_HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str = "native",
+    dtype: str | None = None,
+    force: bool = False,
+    ignore_unexpected: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the model in folder `src` to folder `dst`, as "native" or "hf", with its tokenizer's files.
+
+    dtype: of all weights, "BF16", "F16" or "F32", or as torch spells them; None keeps each tensor's own.
+    progress(bytes done, bytes in all) is called after each tensor.
+    Errors: UsageError for a wrong option or an output that is in the way, CheckpointError for a damaged source or
+    weights with NaN or Inf, DiskError for the disk. `dst` is written whole or not at all; `src` is only read.
+    """
+    if to not in ("native", "hf"):
+        raise UsageError(f"to = {to!r}: expected native or hf")
+    dtype = {spelled: name for name, spelled in _HF_DTYPES.items()}.get(dtype or "", dtype)
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise UsageError(f"dtype = {dtype!r}: expected one of {', '.join(_HF_DTYPES.values())}")
+    if os.path.realpath(src) == os.path.realpath(dst):
+        raise UsageError(f"{dst}: is the source too; name another folder for the output")
+    with open_checkpoint(src, ignore_unexpected) as source, atomic_folder(dst, force) as partial:
+        _Conversion(source, to, dtype, progress).write(partial)
+        source.verify_unchanged()
+
+
+class _Conversion:
+    def __init__(self, source: Checkpoint, to: str, dtype: str | None, progress: Progress | None):
+        self.source, self.to, self.progress = source, to, progress
+        self.shapes = {name: plan.shape for name, plan in tensor_plan(source.config).items()}
+        self.dtypes = {name: dtype or source.stored_dtype(name) for name in self.shapes}
+        self.main_dtype = dtype or source.dtype
+        self.sizes = {name: byte_count(self.dtypes[name], shape) for name, shape in self.shapes.items()}
+        self.total, self.done = sum(self.sizes.values()), 0
+        self.bad: list[str] = []  # tensors with NaN or Inf, all told at the end
+
+    def write(self, folder: Path) -> None:
+        companions = [p for p in sorted(self.source.folder.iterdir()) if COMPANIONS.fullmatch(p.name) and p.is_file()]
+        require_space(folder, self.total + sum(p.stat().st_size for p in companions))
+        for path in companions:
+            copy_file(path, folder / path.name)
+        if self.to == "native":
+            write_json(folder / mistral.CONFIG, self.source.config.to_mistral())
+            self._write_file(folder / mistral.WEIGHTS, list(self.shapes))
+        else:
+            write_json(folder / hf.CONFIG, self.source.config.to_hf(_HF_DTYPES[self.main_dtype]))
+            self._write_hf_weights(folder)
+        if self.bad:
+            raise CheckpointError(
+                f"{self.source.folder}: NaN or Inf in the weights, as stored or as {self.main_dtype}: "
+                f"{', '.join(self.bad)}"
+            )
+
+    def _write_hf_weights(self, folder: Path) -> None:
+        names = sorted(self.shapes, key=hf.hf_name)
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name in names:
+            if shards[-1] and filled + self.sizes[name] > SHARD_BYTES:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += self.sizes[name]
+        if len(shards) == 1:
+            self._write_file(folder / hf.WEIGHTS, names)
+            return
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(shards, 1):
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+            self._write_file(folder / file, shard)
+            weight_map |= {hf.hf_name(name): file for name in shard}
+        metadata = {"total_parameters": count_parameters(self.source.config)[0], "total_size": self.total}
+        write_json(folder / hf.INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+    def _write_file(self, path: Path, names: list[str]) -> None:
+        """Hugging Face's order within a file is the safetensors library's: by dtype, then by name."""
+        spell = hf.hf_name if self.to == "hf" else str
+        if self.to == "hf":
+            order = list(STORAGE)
+            names = sorted(names, key=lambda name: (-order.index(self.dtypes[name]), spell(name)))
+        entries = [(spell(name), self.dtypes[name], self.shapes[name]) for name in names]
+        before = self.done
+
+        def report(done: int, _: int) -> None:
+            self.done = before + done
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+
+        write_safetensors(path, entries, self._tensors(names), {"format": "pt"}, report)
+
+    def _tensors(self, names: list[str]) -> Iterator[StoredTensor]:
+        for name in names:
+            tensor = cast(self.source.tensor(name), self.dtypes[name])
+            if not is_finite(tensor):  # a cast keeps NaN and Inf, and may make Inf
+                self.bad.append(name)
+            if self.to == "hf" and hf.has_permuted_rows(name):
+                rows = hf.to_hf_rows(tensor.array, self.source.config.head_dim)
+                tensor = StoredTensor.from_array(rows, tensor.dtype)
+            yield tensor
+            self.source.release(name)

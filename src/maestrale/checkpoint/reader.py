@@ -1,0 +1,173 @@
+"""Opening a model's folder: which layout it is, and every check that needs no weight.
+
+What comes out is canonical: the names and row order of plan.py, whatever the folder's own.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+
+from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, is_finite
+from maestrale.checkpoint.folder import ROOMS, find_weights
+from maestrale.checkpoint.jsonfile import read_json
+from maestrale.checkpoint.place import Place
+from maestrale.checkpoint.pth_room import open_pth
+from maestrale.checkpoint.safetensors_room import open_safetensors
+from maestrale.checkpoint.tensorfile import TensorFile
+from maestrale.config import ModelConfig
+from maestrale.errors import CheckpointError
+from maestrale.plan import explain_axis
+
+
+class Checkpoint:
+    """An open model folder. Tensors are given by canonical name, in native row order.
+
+    folder: its path. config: what it states. layout: "mistral" or "hf". dtype: the one most weights have.
+    """
+
+    def __init__(
+        self, folder: Path, config: ModelConfig, layout: str, files: list[TensorFile], places: dict[str, Place]
+    ):
+        self.folder, self.config, self.layout = folder, config, layout
+        self._files, self._places = files, places
+        self._owner = {name: file for file in files for name in file.entries}
+        sizes: Counter[str] = Counter()
+        for name in places:
+            entry = self._owner[places[name].name].entries[places[name].name]
+            sizes[entry.dtype] += entry.size
+        self.dtype = sizes.most_common(1)[0][0]
+
+    def names(self) -> list[str]:
+        """Canonical names, in the order of the plan."""
+        return list(self._places)
+
+    def stored_dtype(self, name: str) -> str:
+        """The dtype that `tensor(name)` will have, without reading it."""
+        stored = self._places[name].name
+        return self._owner[stored].entries[stored].dtype
+
+    def tensor(self, name: str) -> StoredTensor:
+        """A view of the file where its bytes are right as they lie, else a copy of this tensor alone.
+
+        CheckpointError if the file changed since it was opened.
+        """
+        place = self._places[name]
+        tensor = self._owner[place.name].tensor(place.name)
+        if place.select is None:
+            return tensor
+        return StoredTensor.from_array(place.select(tensor.array), tensor.dtype)
+
+    def release(self, name: str) -> None:
+        """Gives back the memory of a tensor that was copied or is done with; what was written into it is lost."""
+        place = self._places[name]
+        self._owner[place.name].release(place.name)
+
+    def verify_unchanged(self) -> None:
+        """CheckpointError if any of the files changed since it was opened."""
+        for file in self._files:
+            file.mapped.verify_unchanged()
+
+    def close(self) -> None:
+        """Lets go of the files. Tensors given before stay valid: they keep the mapping they look into."""
+        self._files, self._owner = [], {}
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Checkpoint:
+    """Reads configuration and headers, checks them against each other, and maps the weights; reads none of them.
+
+    Every fault is a CheckpointError, or a ConfigError for impossible values in params.json or config.json.
+    """
+    folder = Path(folder)
+    layout, paths = find_weights(folder)
+    room = ROOMS[layout]
+    source = folder / room.CONFIG
+    from_values = ModelConfig.from_mistral if layout == "mistral" else ModelConfig.from_hf
+    config = from_values(read_json(source), str(source))
+    files = [open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path) for path in paths]
+    owner = _owners(files)
+    for path, names in paths.items():
+        if absent := [name for name in names if name not in owner or owner[name].path != path]:
+            raise CheckpointError(f"{path}: the index says that it holds {_listed(absent)}; it does not")
+    places = room.places(config, owner)
+    _check_names(places, owner, source, room.IGNORED, config.tied_embeddings, ignore_unexpected)
+    for place in places.values():
+        _check_entry(place, owner[place.name], config, room.CONFIG)
+    return Checkpoint(folder, config, layout, files, places)
+
+
+def check_finite(checkpoint: Checkpoint) -> list[str]:
+    """The names of the tensors that hold NaN or Inf; reads all weights, one after the other."""
+    bad = []
+    for name in checkpoint.names():
+        if not is_finite(checkpoint.tensor(name)):
+            bad.append(name)
+        checkpoint.release(name)
+    return bad
+
+
+def _owners(files: list[TensorFile]) -> dict[str, TensorFile]:
+    owner: dict[str, TensorFile] = {}
+    for file in files:
+        for name in file.entries:
+            if name in owner:
+                raise CheckpointError(f"tensor {name!r} stands in both {owner[name].path} and {file.path}")
+            owner[name] = file
+    return owner
+
+
+def _check_names(
+    places: dict[str, Place],
+    owner: dict[str, TensorFile],
+    source: Path,
+    ignored: re.Pattern[str],
+    tied: bool,
+    ignore_unexpected: bool,
+) -> None:
+    """Every expected tensor is there, and no other."""
+    expected = dict.fromkeys(place.name for place in places.values())
+    missing = [name for name in expected if name not in owner]
+    unexpected = [name for name in owner if name not in expected and not ignored.fullmatch(name)]
+    head = [name for name in unexpected if tied and name in ("output.weight", "lm_head.weight")]
+    unexpected = [name for name in unexpected if name not in head]
+    if missing:
+        also = f"; unexpected tensors: {_listed(unexpected)}" if unexpected else ""
+        raise CheckpointError(
+            f"{source.parent}: {len(missing)} of the {len(expected)} tensors that {source.name} asks for are missing: "
+            f"{_listed(missing)}{also}"
+        )
+    if head:
+        warnings.warn(f"{source}: embeddings are tied: ignoring {head[0]}", stacklevel=3)
+    if unexpected:
+        message = f"{source.parent}: tensors that {source.name} has no place for: {_listed(unexpected)}"
+        if not ignore_unexpected:
+            raise CheckpointError(f"{message}; --ignore-unexpected goes on without them")
+        warnings.warn(f"{message}; ignored", stacklevel=3)
+
+
+def _check_entry(place: Place, file: TensorFile, config: ModelConfig, source: str) -> None:
+    entry = file.entries[place.name]
+    where = f"{place.name} in {file.path.name}"
+    if entry.shape != place.shape:
+        known = len(entry.shape) == len(place.shape)
+        axes = [a for i, a in enumerate(place.axes) if not known or entry.shape[i] != place.shape[i]]
+        words = ", ".join(dict.fromkeys(explain_axis(config, axis) for group in axes for axis in group))
+        raise CheckpointError(f"{where}: expected {place.shape}, got {entry.shape}; {source} says {words}")
+    if entry.dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(f"{where}: dtype {entry.dtype}; expected one of {', '.join(WEIGHT_DTYPES)}")
+
+
+def _listed(names: list[str]) -> str:
+    """Known names as they are, strange ones escaped: a message stays one line."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names)

@@ -1,0 +1,130 @@
+"""`maestrale generate`: continue prompts."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from maestrale.cli import options as opt
+from maestrale.errors import UsageError
+
+if TYPE_CHECKING:
+    from maestrale.llm import Completion
+
+SEPARATOR = "====================="
+
+
+def generate(
+    path: opt.Model = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given again.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with a prompt a line (JSON strings in a .jsonl file); - reads from a pipe.")
+    ] = None,
+    max_tokens: opt.MaxTokens = 128,
+    temperature: opt.Temperature = 0.7,
+    top_k: opt.TopK = 0,
+    top_p: opt.TopP = 0.95,
+    min_p: opt.MinP = 0.0,
+    repetition_penalty: opt.RepetitionPenalty = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off the logit of each token generated already.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, once for each time it was generated.")] = 0.0,
+    seed: opt.Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Continuations of each prompt.")] = 1,
+    min_tokens: Annotated[int, typer.Option(help="No end before so many tokens.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    beam_width: Annotated[int, typer.Option(help="Above 1: beam search of that width.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Beam search: above 0 favours long text.")] = 1.0,
+    logprobs: Annotated[int | None, typer.Option(help="Report logprobs, and of so many alternatives.", show_default=False)] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt.", show_default=False)] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
+    max_len: opt.MaxLen = None,
+    max_batch_tokens: opt.MaxBatchTokens = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
+    json: opt.Json = False,
+) -> None:
+    """Continue prompts, all in one batch. One prompt is streamed; several are printed in order.
+
+    With --json: one object a line with prompt, text, token_ids, finish_reason and logprobs.
+    """
+    from maestrale.sampling.params import SamplingParams
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise UsageError("no prompt: give one with -p TEXT, or many with --prompts FILE")
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        stop=stop or (),
+        n=n,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        repetition_penalty=repetition_penalty,
+        min_tokens=min_tokens,
+        ignore_eos=ignore_eos,
+        beam_width=beam_width,
+        length_penalty=length_penalty,
+    )
+    llm = opt.open_llm(
+        path,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        max_len=max_len,
+        max_batch_tokens=max_batch_tokens,
+        ignore_unexpected=ignore_unexpected,
+    )
+    if len(texts) == 1 and n == 1 and not json:
+        print(texts[0], end="", flush=True)
+        for piece in llm.stream(texts[0], params):
+            print(piece.text, end="", flush=True)
+        print()
+        return
+    completions = llm.generate(texts, params)
+    for i, completion in enumerate(completions):
+        if json:
+            print(jsonlib.dumps(as_json(texts[i // n], completion), ensure_ascii=False))
+        else:
+            print(texts[i // n] + completion.text)
+            print(SEPARATOR)
+
+
+def as_json(prompt: str, completion: Completion) -> dict[str, Any]:
+    """What a program reads of a completion; what was not asked for is left out, but logprobs, which may be null."""
+    fields = {name: value for name, value in asdict(completion).items() if value is not None or name == "logprobs"}
+    return {"prompt": prompt, **fields}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """A prompt a line; empty lines are left out. In a .jsonl file a line is a JSON string or {"prompt": …}."""
+    try:
+        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the prompts: {error}") from None
+    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        return [line for _, line in lines]
+    texts = []
+    for number, line in lines:
+        try:
+            value = jsonlib.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: not JSON: {error}") from None
+        text = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise UsageError(f'{path}:{number}: expected a JSON string or an object with "prompt", got {line[:80]}')
+        texts.append(text)
+    return texts

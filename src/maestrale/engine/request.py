@@ -1,0 +1,108 @@
+"""What is asked of the engine, what it knows of it while it runs, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maestrale.engine.pages import PageTable
+from maestrale.errors import MaestraleError
+from maestrale.sampling.beam import BeamSearch
+from maestrale.sampling.params import SamplingParams
+from maestrale.sampling.policy import History
+from maestrale.sampling.stop import StopStrings
+from maestrale.text.stream import StreamDecoder
+
+TopLogprobs = list[tuple[int, float]]
+
+
+@dataclass
+class Completion:
+    """One continuation of a prompt, or, from a stream, the next piece of one.
+
+    text: without the stop string that ended it. token_ids: without the end-of-sequence token that ended it.
+    logprobs: natural log, of the raw logits, one for each token; None unless asked for.
+    top_logprobs: for each token the likeliest (id, logprob), as many as were asked for.
+    prompt_logprobs, prompt_top_logprobs: likewise for the prompt's tokens; the first has None.
+    finish_reason: "stop" (end of sequence or stop string), "length", or None while it goes on.
+    index: which of the n continuations. score: a beam's, sum of logprobs / length ** length_penalty.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    finish_reason: str | None = None
+    index: int = 0
+    top_logprobs: list[TopLogprobs] | None = None
+    prompt_top_logprobs: list[TopLogprobs | None] | None = None
+    score: float | None = None
+
+
+class Sequence:
+    """One row of tokens that grows: a prompt and one continuation of it.
+
+    tokens: all known ids. computed: how many of them stand in the cache. A sequence has nothing else to do than to
+    let `computed` catch up with the known ones; when it has, the last row of logits gives the next token.
+    """
+
+    def __init__(self, request: Request, index: int, tokens: Items[int]):
+        self.request, self.index = request, index
+        self.tokens = list(tokens)
+        self.computed = 0
+        self.table: PageTable | None = None
+        self.completion = Completion(index=index)
+        self.decoder: StreamDecoder | None = None
+        self.stops = StopStrings(request.params.stop)
+        self.history: History | None = None
+
+    @property
+    def pending(self) -> int:
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+
+class Request:
+    """A prompt with its parameters, and the sequences that continue it.
+
+    It begins as one sequence. When the prompt is computed it becomes n of them (or a beam's width) on the same pages.
+    seed: the one sampling uses. length_limit: known tokens at which a sequence ends. chunk: most tokens a step.
+    """
+
+    def __init__(
+        self, prompt: Items[int], params: SamplingParams, *, seed: int, length_limit: int, chunk: int, keep_logits: bool
+    ):
+        self.prompt, self.params = list(prompt), params
+        self.seed, self.length_limit, self.chunk = seed, length_limit, chunk
+        self.width = max(params.n, params.beam_width)
+        self.sequences = [Sequence(self, 0, prompt)]
+        self.forked = False
+        self.beam: BeamSearch | None = None
+        self.prompt_logprobs: list[float | None] = [None]
+        self.prompt_top_logprobs: list[TopLogprobs | None] = [None]
+        self.logits: list[NDArray[np.float32]] | None = [] if keep_logits else None
+        self.error: MaestraleError | None = None
+        self.completions: list[Completion] = []
+
+    @property
+    def finished(self) -> bool:
+        return not self.sequences
+
+    def takes(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Which of its sequences would compute how many tokens if `budget` tokens were left in this step."""
+        pending = sum(sequence.pending for sequence in self.sequences)
+        # Beams are ranked against each other, so their last rows must come out of one and the same step.
+        held_back = 1 if self.params.beam_width > 1 and pending > budget and self.forked else 0
+        taken = []
+        for sequence in self.sequences:
+            count = min(sequence.pending - held_back, budget, self.chunk)
+            if count > 0:
+                taken.append((sequence, count))
+                budget -= count
+        return taken

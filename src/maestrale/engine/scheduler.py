@@ -1,0 +1,98 @@
+"""Who computes how much in the next step.
+
+There is no prefill phase and no decode phase: each sequence has known tokens and computed ones, and gets
+min(known - computed, what is left of the budget) until the budget is spent. Sequences that need one token come
+first, so that a long prompt never holds up those that are being read; the rest of the budget goes to prompts in
+order of arrival. When pages run out, the request that came last gives up its pages and computes again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from maestrale.engine.pages import Copy, Pages
+from maestrale.engine.request import Request, Sequence
+from maestrale.errors import OutOfPages
+
+
+@dataclass
+class Schedule:
+    """One step: each sequence with the number of tokens it computes, and the page copies that come first."""
+
+    work: list[tuple[Sequence, int]] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+
+
+class Scheduler:
+    """waiting: requests without pages, first come first. running: those with pages, in order of admission."""
+
+    def __init__(self, pages: Pages, max_batch_tokens: int, max_sequences: int):
+        self.pages = pages
+        self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.preemptions = 0
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, wherever it is; its pages are free again."""
+        self._release(request)
+        (self.running if request in self.running else self.waiting).remove(request)
+
+    def schedule(self) -> Schedule:
+        step, budget = Schedule(), self.max_batch_tokens
+        scheduled: set[Request] = set()
+        preemptions = self.preemptions
+        decoding_first = sorted(self.running, key=lambda r: sum(s.pending for s in r.sequences) > len(r.sequences))
+        for request in decoding_first:
+            while budget and request in self.running and (work := request.takes(budget)):
+                if self._grant(work, step):
+                    scheduled.add(request)
+                    budget -= sum(count for _, count in work)
+                    break
+                later = self.running[self.running.index(request) :]
+                victim = next((r for r in reversed(later) if r not in scheduled), None)
+                if victim is None or (victim is request and scheduled):
+                    break  # it keeps its pages and waits for those that run in this step
+                self._preempt(victim)
+        if self.preemptions == preemptions:  # else the victim would take at once the pages that it gave up
+            self._admit(step, budget)
+        return step
+
+    def _admit(self, step: Schedule, budget: int) -> None:
+        places = self.max_sequences - sum(request.width for request in self.running)
+        while self.waiting and budget > 0 and (self.waiting[0].width <= places or not self.running):
+            request = self.waiting[0]
+            for sequence in request.sequences:
+                sequence.table = self.pages.new_table()
+            work = request.takes(budget)
+            if not self._grant(work, step):
+                self._release(request)
+                break
+            self.running.append(self.waiting.popleft())
+            budget -= sum(count for _, count in work)
+            places -= request.width
+
+    def _grant(self, work: list[tuple[Sequence, int]], step: Schedule) -> bool:
+        spans = [(s.table, s.computed, s.computed + count) for s, count in work if s.table is not None]
+        try:
+            step.copies += self.pages.grant(spans)
+        except OutOfPages:
+            return False
+        step.work += work
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._release(request)
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        self.preemptions += 1
+
+    def _release(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if sequence.table is not None:
+                self.pages.release(sequence.table)
+            sequence.table, sequence.computed = None, 0

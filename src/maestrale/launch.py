@@ -1,0 +1,119 @@
+"""The only place that names a backend: from a folder to an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from maestrale.checkpoint.dtypes import byte_count
+from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
+from maestrale.config import ModelConfig
+from maestrale.engine.engine import Engine
+from maestrale.engine.layout import make_layout
+from maestrale.errors import CheckpointError, UsageError
+from maestrale.memory import available_memory
+from maestrale.plan import tensor_plan
+from maestrale.text.tokenizer import Tokenizer, load_tokenizer
+
+BUNDLED = Path(__file__).parent / "models"
+DEFAULT_MODEL = BUNDLED / "stories"
+
+_DTYPES = {"float32": "F32", "fp32": "F32", "bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "fp16": "F16"}
+_CACHE_SHARE = 0.5  # of the memory that is left beside the weights; the rest is for activations and other programs
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a model; the fields of `LLM`, described there."""
+
+    dtype: str = "auto"
+    weights: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+    max_len: int | None = None
+    max_batch_tokens: int | None = None
+    max_sequences: int = 64
+    ignore_unexpected: bool = False
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A model that is ready to run. tokenizer_error: why there is none, where there is none."""
+
+    config: ModelConfig
+    engine: Engine
+    tokenizer: Tokenizer | None
+    tokenizer_error: CheckpointError | None
+
+
+def launch(
+    path: str | Path | None,
+    options: Options,
+    require_tokenizer: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Launched:
+    """Checks all that can be checked without a weight, then loads. Errors: UsageError, ConfigError, CheckpointError,
+    MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
+    _check(options)
+    with open_checkpoint(path or DEFAULT_MODEL, options.ignore_unexpected) as checkpoint:
+        config = checkpoint.config
+        tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
+        device = _device(options.device)
+        dtype = checkpoint.dtype if options.dtype == "auto" else _DTYPES[options.dtype]
+        max_chunk = options.max_batch_tokens or (512 if device == "cpu" else 8192)
+        layout = make_layout(
+            config,
+            max_len=options.max_len,
+            max_chunk=max_chunk,
+            max_sequences=options.max_sequences,
+            element_bytes=byte_count(dtype, (1,)),
+            budget=int(_CACHE_SHARE * (_memory(device) - _weight_bytes(checkpoint, dtype))),
+        )
+        from maestrale.torch_backend.runner import open_runner
+
+        runner = open_runner(checkpoint, layout, dtype, device, progress)
+    return Launched(config, Engine(runner, config.vocab_size, tokenizer, options.max_sequences), tokenizer, problem)
+
+
+def _check(options: Options) -> None:
+    if options.dtype != "auto" and options.dtype not in _DTYPES:
+        raise UsageError(f"dtype {options.dtype!r}: expected auto, {', '.join(_DTYPES)}")
+    if options.weights not in ("auto", "bf16"):
+        raise UsageError(f"weights {options.weights!r}: expected auto or bf16")
+    if options.weights == "bf16" and options.dtype not in ("auto", "bfloat16", "bf16"):
+        raise UsageError(f"weights bf16 and dtype {options.dtype} contradict each other: give one of them")
+    if options.backend not in ("auto", "torch"):
+        raise UsageError(f"backend {options.backend!r}: expected auto or torch")
+    if find_spec("torch") is None:
+        raise UsageError("no backend is installed: run  pip install 'maestrale[torch]'")
+
+
+def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer | None, CheckpointError | None]:
+    try:
+        return load_tokenizer(folder, vocab_size), None
+    except CheckpointError as error:
+        if required:
+            raise
+        return None, error
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _memory(device: str) -> int:
+    if device == "cpu":
+        return available_memory()
+    import torch
+
+    return torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else available_memory()
+
+
+def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
+    return sum(byte_count(dtype, tensor.shape) for tensor in tensor_plan(checkpoint.config).values())

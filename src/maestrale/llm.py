@@ -1,0 +1,169 @@
+"""LLM: the Python face. Everything above the engine reaches it through here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maestrale.config import ModelConfig
+from maestrale.engine.request import Completion, Request
+from maestrale.errors import RequestError
+from maestrale.launch import Options, launch
+from maestrale.sampling.params import SamplingParams
+from maestrale.text.tokenizer import Tokenizer
+
+__all__ = ["LLM", "Completion"]
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model folder, ready to run.
+
+    path: a native (params.json) or Hugging Face (config.json) folder; None is the bundled model.
+    dtype: what it computes in: "auto" (as stored), "float32", "bfloat16", "float16".
+    weights: "auto" (as stored) or "bf16". device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" or "torch".
+    max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
+    max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
+    max_sequences: most sequences that run at once; others wait.
+    require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
+    progress: called with (tensors loaded, tensors in all) while the weights are read.
+
+    Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        dtype: str = "auto",
+        weights: str = "auto",
+        device: str = "auto",
+        backend: str = "auto",
+        max_len: int | None = None,
+        max_batch_tokens: int | None = None,
+        *,
+        max_sequences: int = 64,
+        ignore_unexpected: bool = False,
+        require_tokenizer: bool = False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
+        self._launched = launch(path, options, require_tokenizer, progress)
+        self._engine = self._launched.engine
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._launched.config
+
+    @property
+    def max_len(self) -> int:
+        """The longest prompt and completion together, in tokens."""
+        return self._engine.runner.layout.max_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """CheckpointError, saying why, where the folder has none that fits."""
+        if self._launched.tokenizer is None:
+            raise self._launched.tokenizer_error or RuntimeError("no tokenizer")
+        return self._launched.tokenizer
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt.
+
+        Returns the completions in the order of the prompts, n for each. RequestError for a request that cannot be
+        served; then none is.
+        """
+        requests = self._submit(*_pair(prompts, params))
+        for _ in self._run(requests):
+            pass
+        return [completion for request in requests for completion in _ordered(request)]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[Completion]:
+        """As `generate`, but yields what each step adds. `index` tells continuations apart: prompt i's n
+        continuations have i * n to i * n + n - 1."""
+        requests = self._submit(*_pair(prompts, params))
+        first = dict(zip(requests, np.cumsum([0] + [r.params.n for r in requests]).tolist(), strict=False))
+        for request, piece in self._run(requests):
+            piece.index += first[request]
+            yield piece
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Completion:
+        """The assistant's answer to OpenAI-style messages, in the model's own chat form."""
+        return self.generate([self.tokenizer.encode_chat(messages, tools)], params)[0]
+
+    def logits(
+        self, list_of_token_ids: Sequence[Sequence[int]], chunk_size: int | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Float32 [n_tokens, vocab] for each sequence: row i scores what follows token i.
+
+        chunk_size: the most tokens of one sequence computed in a step; the answer does not depend on it.
+        """
+        if chunk_size is not None and chunk_size < 1:
+            raise RequestError(f"chunk_size = {chunk_size}: expected a whole number of at least 1", "chunk_size")
+        score = SamplingParams(max_tokens=0)
+        requests = self._submit(list_of_token_ids, [score] * len(list_of_token_ids), chunk_size, keep_logits=True)
+        for _ in self._run(requests):
+            pass
+        return [np.stack(request.logits or []) for request in requests]
+
+    def _submit(
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        chunk_size: int | None = None,
+        keep_logits: bool = False,
+    ) -> list[Request]:
+        requests: list[Request] = []
+        try:
+            for prompt, asked in zip(prompts, params, strict=True):
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+                requests.append(self._engine.submit(ids, asked, chunk_size=chunk_size, keep_logits=keep_logits))
+        except BaseException:
+            self._abort(requests)
+            raise
+        return requests
+
+    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, Completion]]:
+        """Steps until all of `requests` have ended; however it is left, none of them stays in the engine."""
+        try:
+            while not all(request.finished for request in requests):
+                yield from self._engine.step()
+                for request in requests:
+                    if request.error is not None:
+                        raise request.error
+        finally:
+            self._abort(requests)
+
+    def _abort(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._engine.abort(request)
+
+
+def _pair(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[Sequence[Prompt], Sequence[SamplingParams]]:
+    """One prompt → a list of one; one SamplingParams → one for each prompt."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+    many = cast(Sequence[Prompt], [prompts] if one else prompts)
+    if params is None or isinstance(params, SamplingParams):
+        return many, [params or SamplingParams()] * len(many)
+    if len(params) != len(many):
+        raise RequestError(f"{len(many)} prompts and {len(params)} SamplingParams: expected one for each", "params")
+    return many, params
+
+
+def _ordered(request: Request) -> list[Completion]:
+    return sorted(request.completions, key=lambda completion: completion.index)

@@ -1,0 +1,131 @@
+"""Turns to ids through mistral-common's templates, one for each version of the tokenizers.
+
+Only its templates are used. Its validator refuses chats that clients do send (foreign call ids, any order of roles);
+its sampling fields are narrower than ours and never set. It is imported at the first chat: half a second.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maestrale.errors import RequestError
+from maestrale.text.chat import Turn
+from maestrale.text.vocabulary import Vocabulary
+
+_INST = {"[INST]", "[/INST]"}
+_SYSTEM = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
+_ARGUMENTS = {"[ARGS]", "[CALL_ID]"}
+_TOOLS = {"[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"}
+# Version → mistral-common's class that merges messages, and the control tokens without which there is no chat.
+_VERSIONS: dict[str | None, tuple[str, set[str]]] = {
+    "v1": ("InstructRequestNormalizer", set()),
+    "v2": ("InstructRequestNormalizer", _INST),
+    "v3": ("InstructRequestNormalizer", _INST),
+    "v7": ("InstructRequestNormalizerV7", _INST | _SYSTEM),
+    "v11": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
+    "v13": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
+}
+
+
+class ChatTemplate:
+    """The chat form of one tokenizer. RequestError where it has none."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        version = vocabulary.chat_version
+        normalizer, needed = _VERSIONS.get(version, ("", {"a known version"}))
+        if not needed <= vocabulary.controls.keys():
+            raise RequestError(
+                f"{vocabulary.path.name}: no chat form ({vocabulary.kind}, version {version or 'not stated'}): "
+                "use a plain prompt, or an instruct model with its own tokenizer",
+                param="messages",
+            )
+        from mistral_common.protocol.instruct import normalize
+        from mistral_common.tokens.tokenizers import instruct
+
+        self._vocabulary = vocabulary
+        self._normalizer = getattr(normalize, normalizer).normalizer()
+        tokenizer: Any = _Encoder(vocabulary)
+        if version == "v13":  # its template insists on mistral-common's own class
+            from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+            tokenizer = Tekkenizer.from_file(vocabulary.path)
+        self._template = getattr(instruct, f"InstructTokenizer{str(version).upper()}")(tokenizer)
+        # Up to v3 a system message goes into a user's, and an assistant's message holds either text or calls.
+        self._splits_calls = version in ("v1", "v2", "v3")
+
+    def encode(self, turns: list[Turn], tools: list[dict[str, Any]]) -> list[int]:
+        """Ids of the chat. RequestError for tools where the tokenizer has no tokens for them, and for what the
+        template cannot say (version 2: two results for one message of calls)."""
+        from mistral_common.exceptions import MistralCommonException
+        from mistral_common.protocol.instruct.request import ChatCompletionRequest
+        from mistral_common.protocol.instruct.tool_calls import Function, Tool
+
+        if not self._vocabulary.controls.keys() >= _TOOLS and (tools or any(t.calls or t.answers for t in turns)):
+            raise RequestError(
+                f"tools: the {self._vocabulary.kind} tokenizer has no tokens for them; use a model of v0.3 or later",
+                param="tools" if tools else "messages",
+            )
+        offered = [Tool(function=Function(**function)) for function in tools]
+        request = ChatCompletionRequest(messages=self._messages(turns), tools=offered or None)
+        try:
+            merged = self._normalizer.from_chat_completion_request(request)
+            ids: list[int] = self._template.encode_instruct(merged).tokens
+        except (MistralCommonException, ValueError, RecursionError) as error:
+            raise RequestError(f"messages: {str(error).partition(chr(10))[0]}", param="messages") from None
+        return ids
+
+    def _messages(self, turns: list[Turn]) -> list[Any]:
+        from mistral_common.protocol.instruct.messages import (
+            AssistantMessage,
+            SystemMessage,
+            ToolMessage,
+            UserMessage,
+        )
+        from mistral_common.protocol.instruct.tool_calls import FunctionCall, ToolCall
+
+        messages: list[Any] = []
+        for turn in turns:
+            if turn.role == "system":
+                messages.append(SystemMessage(content=turn.text))
+            elif turn.role == "user":
+                messages.append(UserMessage(content=turn.text))
+            elif turn.answers is not None:
+                messages.append(ToolMessage(content=turn.text, tool_call_id=turn.answers.id, name=turn.answers.name))
+            else:
+                calls = [
+                    ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+                    for call in turn.calls
+                ]
+                said = [(turn.text, []), ("", calls)] if self._splits_calls else [(turn.text, calls)]
+                for text, made in said:
+                    if not text and not made:
+                        continue
+                    last = messages[-1] if messages else None
+                    if self._splits_calls and last and last.role == "assistant" and bool(last.tool_calls) != bool(made):
+                        # Says nothing, and keeps the normalizer from merging what the template would then refuse.
+                        messages.append(SystemMessage(content=""))
+                    messages.append(AssistantMessage(content=text, tool_calls=made or None, prefix=turn.prefix))
+        return messages
+
+
+class _Encoder:
+    """A vocabulary as mistral-common's templates see one."""
+
+    model_settings_builder = None
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+        self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]:
+        try:
+            return self._vocabulary.encode_text(text)
+        except RequestError as error:
+            raise RequestError(str(error), param="messages") from None
+
+    def get_special_token(self, name: str) -> int:
+        """-1 for one that is missing: templates look up all at the start; those of a chat are checked before."""
+        return self._vocabulary.controls.get(name, -1)
+
+    def decode(self, tokens: list[int], special_token_policy: object) -> str:
+        return ""  # a debugging text that the templates make of every chat, and nobody reads

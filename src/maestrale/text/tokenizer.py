@@ -1,0 +1,140 @@
+"""The tokenizer of a model's folder: text to ids and back, chats to ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maestrale.errors import CheckpointError
+from maestrale.text.chat import read_messages, read_tools
+from maestrale.text.stream import StreamDecoder
+from maestrale.text.template import ChatTemplate
+from maestrale.text.vocabulary import Vocabulary, require_size, require_text
+
+# The file names that people use; which tokenizer a file holds is read from the file.
+_TEKKEN = re.compile(r"tekken.*\.json")
+_SENTENCEPIECE = re.compile(r".*tokenizer.*\.model(\.v\d+(m\d+)?)?")
+_HF = re.compile(r"tokenizer\.json")
+_ACCEPTED = "tekken.json, tokenizer.model (or tokenizer.model.v3 and the like), tokenizer.json"
+
+
+class Tokenizer:
+    """Text to token ids and back, for one model.
+
+    vocab_size: the model's; every id below it can be decoded.
+    """
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+        self._template: ChatTemplate | None = None
+        self.kind = vocabulary.kind
+        self.vocab_size = vocabulary.size
+        self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of `text`, after the begin-of-text token if `bos`. A control token's name in the text is text.
+
+        RequestError for what is no text: another type, a lone surrogate.
+        """
+        ids = self._vocabulary.encode_text(require_text(text, "prompt"))
+        return [self.bos_id, *ids] if bos else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; control tokens show nothing. RequestError for an id outside the vocabulary."""
+        return _run(self.stream(), ids)
+
+    def decode_continuation(self, prompt_ids: Iterable[int], ids: Iterable[int]) -> str:
+        """What `ids` add to the text of `prompt_ids`: a space between the two stays.
+
+        A character that the prompt leaves unfinished belongs to the continuation.
+        """
+        return _run(self.stream(after=prompt_ids), ids)
+
+    def stream(self, after: Iterable[int] = ()) -> StreamDecoder:
+        """A decoder of ids that come one at a time and continue the ids `after`, whose own text it does not give."""
+        decoder = StreamDecoder(self._vocabulary.pieces)
+        for token_id in after:
+            decoder.push(token_id)
+        return decoder
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The bytes that one token shows within a text; None for a control token."""
+        return self._vocabulary.pieces.shown[token_id]
+
+    def control_id(self, name: str) -> int | None:
+        """The id of the control token of that name, such as "[TOOL_CALLS]"; None where there is none."""
+        return self._vocabulary.controls.get(name)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Ids of an OpenAI-style chat, ready for the assistant's next words.
+
+        Messages of one role in a row are merged; system and developer messages may stand anywhere. An assistant's
+        last message is continued if its "prefix" is true. RequestError for an impossible chat (`param` "messages"
+        or "tools"), and where the tokenizer has no chat form or no tokens for tools.
+        """
+        turns, functions = read_messages(messages), read_tools(tools)
+        if self._template is None:
+            self._template = ChatTemplate(self._vocabulary)
+        return self._template.encode(turns, functions)
+
+
+def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer in a model's folder, which must fit the model's `vocab_size`.
+
+    Files of several kinds are taken for copies of one tokenizer; the choice is fixed: tekken.json, then
+    tokenizer.model, then tokenizer.json. CheckpointError if there is none, if two different files of one kind
+    compete, if the file is damaged, or if the sizes differ. A tokenizer.json alone may be smaller than the model,
+    whose embedding may be padded: ids above it decode to nothing.
+    """
+    folder = Path(folder)
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot look for a tokenizer: {error.strerror}") from None
+    if found := [path for path in paths if _TEKKEN.fullmatch(path.name)]:
+        from maestrale.text.tekken_room import read_tekken
+
+        path = _only(found)
+        vocabulary = read_tekken(path, _read(path))
+    elif found := [path for path in paths if _SENTENCEPIECE.fullmatch(path.name)]:
+        from maestrale.text.sentencepiece_room import read_sentencepiece
+
+        path = _only(found)
+        vocabulary = read_sentencepiece(path, _read(path))
+    elif found := [path for path in paths if _HF.fullmatch(path.name)]:
+        from maestrale.text.hf_room import read_hf
+
+        path = _only(found)
+        vocabulary = read_hf(path, _read(path), vocab_size)
+    else:
+        raise CheckpointError(f"{folder}: no tokenizer; expected one of {_ACCEPTED}")
+    require_size(path, vocabulary.size, vocab_size)
+    return Tokenizer(vocabulary)
+
+
+def _only(paths: list[Path]) -> Path:
+    """The one file among copies; of copies, the one whose name says most (tokenizer.model.v3, not tokenizer.model)."""
+    contents = {_read(path) for path in paths}
+    suffixes = {path.suffix for path in paths if path.suffix not in (".model", ".json")}
+    if len(contents) > 1 or len(suffixes) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise CheckpointError(f"{paths[0].parent}: several different tokenizers: {names}; keep the model's own")
+    return max(paths, key=lambda path: (path.suffix in suffixes, -len(path.name)))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
+
+
+def _run(decoder: StreamDecoder, ids: Iterable[int]) -> str:
+    texts = [decoder.push(token_id) for token_id in ids]
+    texts.append(decoder.finish())
+    return "".join(texts)

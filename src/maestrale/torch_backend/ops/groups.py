@@ -1,0 +1,24 @@
+"""How a step's queries meet their keys: made once a step and used by every layer of a kind.
+
+Legend of suffixes: docs/map.md. B sequences of a group, N queries of each, S keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences whose queries are attended to in one call.
+
+    rows_BN: int64, rows of the step's q. keys_BS: int64, slots of the cache, shorter sequences padded with slot 0.
+    mask_BNS: in q's dtype, 0 where visible and -inf where not (padding never is).
+    Either B = 1 (a chunk of one sequence) or N = 1 (a decode step of several): no query is ever padded.
+    """
+
+    rows_BN: torch.Tensor
+    keys_BS: torch.Tensor
+    mask_BNS: torch.Tensor

@@ -1,0 +1,53 @@
+"""The torch backend as the engine sees it: a Runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from maestrale.batch import Batch, CacheLayout, StepOutput
+from maestrale.checkpoint.reader import Checkpoint
+from maestrale.errors import UsageError
+from maestrale.torch_backend.cache import Kernel, PagedCache
+from maestrale.torch_backend.load import DTYPES, load_model
+from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.ops import sdpa
+
+
+class TorchRunner:
+    """A model and its cache on one device."""
+
+    def __init__(self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend):
+        weight = model.norm.weight
+        self.model, self._layout = model, layout
+        self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
+
+    @property
+    def layout(self) -> CacheLayout:
+        return self._layout
+
+    @torch.inference_mode()
+    def step(self, batch: Batch) -> StepOutput:
+        device = self.cache.device
+        tokens_T, positions_T, rows_N = (
+            torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
+        )
+        logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
+        return StepOutput(logits_NV.cpu().numpy())
+
+
+def open_runner(
+    checkpoint: Checkpoint,
+    layout: CacheLayout,
+    dtype: str,
+    device: str,
+    progress: Callable[[int, int], None],
+) -> TorchRunner:
+    """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16")."""
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return TorchRunner(load_model(checkpoint, DTYPES[dtype], place, progress), layout)

@@ -1,0 +1,307 @@
+import collections
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from maestrale.errors import RequestError
+from maestrale.sampling import policy
+from maestrale.sampling.params import SamplingParams
+from maestrale.sampling.policy import History, history_for, sample, token_logprob, uniform
+
+
+def some_logits(size, seed=0, scale=2.0):
+    return (scale * np.random.default_rng(seed).standard_normal(size)).astype(np.float32)
+
+
+def probabilities_of_transformers(logits, params, ids=(0,)):
+    """The library's own processors, in its order, in float64."""
+    x = torch.tensor(logits, dtype=torch.float64)[None]
+    steps = []
+    if params.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    steps.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k:
+        steps.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        steps.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0:
+        steps.append(MinPLogitsWarper(params.min_p))
+    for step in steps:
+        x = step(torch.tensor([list(ids)]), x)
+    return x.softmax(-1)[0].numpy()
+
+
+GRID = [
+    {"temperature": t, **kept}
+    for t in (0.3, 1.0, 1.7)
+    for kept in (
+        {},
+        {"top_k": 1},
+        {"top_k": 7},
+        {"top_k": 1000},
+        {"top_p": 0.1},
+        {"top_p": 0.9},
+        {"top_p": 0.9999},
+        {"min_p": 0.05},
+        {"top_k": 20, "top_p": 0.8},
+        {"top_k": 50, "top_p": 0.95, "min_p": 0.1},
+        {"repetition_penalty": 1.3, "top_p": 0.7},
+        {"repetition_penalty": 0.5, "top_k": 9, "min_p": 0.02},
+    )
+]
+
+
+@pytest.mark.parametrize("options", GRID, ids=str)
+def test_draws_follow_the_probabilities_of_transformers(options, monkeypatch):
+    params = SamplingParams(**options)
+    ids = [3, 5, 5, 190]
+    for seed in range(3):
+        logits = some_logits(200, seed)
+        expected = probabilities_of_transformers(logits, params, ids).cumsum()
+        for u in np.random.default_rng(seed).random(60):
+            monkeypatch.setattr(policy, "uniform", lambda *_, u=u: float(u))
+            token = sample(logits, params, 0, 0, 3, history=history_for(params, ids, 200))
+            assert token == np.searchsorted(expected, u, side="right")
+
+
+def chi_square_fits(counts, expected):
+    """Within 5 standard deviations of the statistic's mean, its degrees of freedom."""
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    freedom = len(expected) - 1
+    return ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6, "top_k": 8, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("vary", ["seed", "sample", "index"])
+def test_draws_are_distributed_right_along_every_argument(options, vary):
+    params, logits, n = SamplingParams(**options), some_logits(12, 4, 1.0), 4000
+    place = {"seed": 0, "sample": 1, "index": 2}[vary]
+    drawn = [sample(logits, params, *(i if k == place else 9 for k in range(3))) for i in range(n)]
+    expected = probabilities_of_transformers(logits, params) * n
+    counts = np.bincount(drawn, minlength=12)
+    assert not counts[expected == 0].any()
+    assert chi_square_fits(counts, expected)
+
+
+def philox_first_word(key, counter):
+    """Philox4x64-10 from the paper (Salmon et al. 2011, section 3.3), one block's first word."""
+    mask = 2**64 - 1
+    k0, k1 = key & mask, key >> 64
+    c = [counter >> (64 * i) & mask for i in range(4)]
+    for _ in range(10):
+        left, right = c[0] * 0xD2E7470EE14C6C93, c[2] * 0xCA5A826395121157
+        c = [right >> 64 ^ c[1] ^ k0, right & mask, left >> 64 ^ c[3] ^ k1, left & mask]
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
+    return c[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 1234567])
+@pytest.mark.parametrize(("sample_index", "index"), [(0, 0), (0, 1), (127, 0), (3, 32000)])
+def test_the_uniform_number_is_philox_of_seed_sample_and_index(seed, sample_index, index):
+    # The generator counts up once before its first block.
+    word = philox_first_word(sample_index << 64 | seed % 2**64, (index << 64) + 1)
+    assert uniform(seed, sample_index, index) == (word >> 11) / 2**53
+
+
+def test_uniform_numbers_differ_by_each_argument_and_do_not_remember():
+    arguments = [(s, k, i) for s in (-1, 0, 1, 2) for k in range(4) for i in range(8)]
+    numbers = [uniform(*a) for a in arguments]
+    assert len(set(numbers)) == len(arguments)
+    assert [uniform(*a) for a in reversed(arguments)] == numbers[::-1]
+
+
+def test_a_seeded_draw_does_not_depend_on_what_was_drawn_between():
+    params = SamplingParams(top_p=0.95)
+    rows = [some_logits(100, i) for i in range(10)]
+    alone = [sample(row, params, 7, 0, i) for i, row in enumerate(rows)]
+    mixed = []
+    for i, row in enumerate(rows):
+        sample(some_logits(100, 99), SamplingParams(), 3, 1, i)
+        mixed.append(sample(np.stack([row, row * 0])[0], params, 7, 0, i))
+    assert mixed == alone
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 10.0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.5, 0.9, 0.999999])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(scale, top_p):
+    p = np.exp(some_logits(32000, 1, scale).astype(np.float64))
+    order = np.argsort(-p, kind="stable")
+    before = p[order].cumsum() - p[order]
+    expected = order[before <= top_p * p.sum()]
+    assert policy._nucleus(p, top_p).tolist() == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 9])
+def test_ties_go_to_the_lower_index(count):
+    x = np.array([1, 3, 2, 3, 2, 2, -np.inf], np.float32)
+    expected = sorted(range(7), key=lambda i: (-x[i], i))[:count]
+    assert policy.largest(x, count).tolist() == expected
+
+
+def test_top_k_keeps_exactly_k_of_equal_logits():
+    params = SamplingParams(top_k=3)
+    drawn = {sample(np.zeros(50, np.float32), params, i, 0, 0) for i in range(200)}
+    assert drawn == {0, 1, 2}
+
+
+def test_temperature_zero_is_the_largest_logit_and_the_lowest_id_on_ties():
+    logits = np.array([0, 5, 1, 5, 5], np.float32)
+    assert sample(logits, SamplingParams(temperature=0), 1, 0, 0) == 1
+    assert sample(logits, SamplingParams(temperature=0, top_k=2, top_p=0.1, min_p=1), 1, 0, 0) == 1
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-10])
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature):
+    logits = some_logits(1000) * 1e30
+    for i in range(20):
+        assert sample(logits, SamplingParams(temperature=temperature), i, 0, 0) == logits.argmax()
+
+
+def test_a_token_at_minus_infinity_is_never_drawn():
+    logits = np.full(40, -np.inf, np.float32)
+    logits[[7, 30]] = 1
+    for params in (SamplingParams(), SamplingParams(top_k=10), SamplingParams(top_p=0.99), SamplingParams(min_p=0.1)):
+        assert {sample(logits, params, i, 0, 0) for i in range(60)} == {7, 30}
+
+
+def test_an_extreme_uniform_number_still_draws_a_possible_token(monkeypatch):
+    logits = np.array([-np.inf, 0.1, 0.7, -np.inf], np.float32)
+    for u, token in ((0.0, 1), (1 - 2.0**-53, 2), (1.0, 2)):
+        monkeypatch.setattr(policy, "uniform", lambda *_, u=u: u)
+        assert sample(logits, SamplingParams(), 0, 0, 0) == token
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_numbers_refuse_the_request(value, temperature):
+    logits = some_logits(50)
+    logits[13] = value
+    for call in (
+        lambda: sample(logits, SamplingParams(temperature=temperature, top_p=0.9), 0, 0, 0),
+        lambda: sample(logits, SamplingParams(logit_bias={13: 1.0}), 0, 0, 0),
+        lambda: token_logprob(logits, 1, 3),
+        lambda: policy.check_logits(logits),
+        lambda: policy.log_softmax(np.stack([some_logits(50), logits])),
+    ):
+        with pytest.raises(RequestError, match=f"they hold {value}"):
+            call()
+    with pytest.raises(RequestError, match="no token is possible"):
+        sample(np.full(5, -np.inf, np.float32), SamplingParams(), 0, 0, 0)
+
+
+def test_batched_greedy_agrees_with_sample_and_a_damaged_row_fails_alone():
+    rows = np.stack([some_logits(64, i) for i in range(6)])
+    rows[2, 5], rows[4, 5], rows[5] = np.nan, np.inf, -np.inf
+    ids = policy.greedy(rows)
+    assert ids.dtype == np.int64
+    assert ids[[2, 4, 5]].tolist() == [-1, -1, -1]
+    for i in (0, 1, 3):
+        assert ids[i] == sample(rows[i], SamplingParams(temperature=0), 0, 0, 0)
+    assert policy.greedy(rows[:0]).tolist() == []
+
+
+def test_greedy_is_offered_only_where_nothing_else_is_on():
+    assert policy.is_greedy(SamplingParams(temperature=0, top_k=3, top_p=0.5, logprobs=2))
+    for other in (
+        {"temperature": 1},
+        {"logit_bias": {1: 1}},
+        {"min_tokens": 1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+    ):
+        assert not policy.is_greedy(SamplingParams(**{"temperature": 0, **other}))
+
+
+def test_logit_bias_is_added():
+    logits = np.array([1, 2, 3, 4], np.float32)
+    assert sample(logits, SamplingParams(temperature=0, logit_bias={0: 3.5, 3: -0.5}), 0, 0, 0) == 0
+    assert sample(logits, SamplingParams(temperature=0, logit_bias={0: 2.5, 3: -0.5}), 0, 0, 0) == 0
+    assert sample(logits, SamplingParams(temperature=0, logit_bias={0: 2.4, 3: -0.5}), 0, 0, 0) == 3
+
+
+def penalised_by_formula(logits, params, prompt, generated):
+    x = [float(v) for v in logits]
+    for token, bias in (params.logit_bias or {}).items():
+        x[token] += bias
+    for token in {*prompt, *generated}:
+        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+    for token, count in collections.Counter(generated).items():
+        x[token] -= params.presence_penalty + params.frequency_penalty * count
+    return x
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.4},
+        {"frequency_penalty": -0.4, "presence_penalty": -1.0},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2, "logit_bias": {1: 2.0, 4: -3.0}},
+    ],
+    ids=str,
+)
+def test_penalties_follow_their_formula_as_the_text_grows(options):
+    params = SamplingParams(temperature=0, **options)
+    prompt, generated = [0, 3, 3, 7], []
+    history = history_for(params, prompt, 10)
+    for step in range(40):
+        logits = some_logits(10, step, 1.0)
+        expected = penalised_by_formula(logits, params, prompt, generated)
+        token = sample(logits, params, 0, 0, step, history=history)
+        assert token == int(np.argmax(expected))
+        generated.append(token)
+        history.append(token)
+
+
+def test_a_history_is_kept_only_where_a_penalty_is_on():
+    assert history_for(SamplingParams(logit_bias={1: 1}, min_tokens=3), [1], 10) is None
+    assert isinstance(history_for(SamplingParams(presence_penalty=1), [], 10), History)
+    with pytest.raises(ValueError, match="history"):
+        sample(some_logits(10), SamplingParams(presence_penalty=1), 0, 0, 0)
+
+
+def test_no_end_of_sequence_before_min_tokens():
+    logits = np.array([0, 1, 9, 8], np.float32)
+    params = SamplingParams(temperature=0, min_tokens=2)
+    assert [sample(logits, params, 0, 0, i, eos_ids=(2, 3)) for i in range(4)] == [1, 1, 2, 2]
+    assert [sample(logits, SamplingParams(min_tokens=2), 5, 0, i, eos_ids={2, 3}) < 2 for i in range(2)] == [True] * 2
+
+
+def test_the_callers_logits_are_left_as_they_are():
+    logits = some_logits(100)
+    before = logits.copy()
+    logits.setflags(write=False)
+    params = SamplingParams(50, 0.7, 20, 0.9, 0.01, logit_bias={1: 1}, repetition_penalty=1.2, min_tokens=5)
+    sample(logits, params, 0, 0, 0, eos_ids=[2], history=History([1], 100))
+    token_logprob(logits, 0, 5)
+    policy.log_softmax(logits)
+    np.testing.assert_array_equal(logits, before)
+
+
+@pytest.mark.parametrize("scale", [0.1, 5.0, 1000.0])
+def test_logprobs_are_those_of_the_raw_logits(scale):
+    logits = some_logits(500, 3, scale)
+    reference = torch.tensor(logits, dtype=torch.float64).log_softmax(-1)
+    own, top = token_logprob(logits, 17, 20)
+    assert own == pytest.approx(reference[17].item(), abs=1e-9)
+    values, ids = reference.topk(20)
+    assert [i for i, _ in top] == ids.tolist()
+    assert [v for _, v in top] == pytest.approx(values.tolist(), abs=1e-9)
+    assert token_logprob(logits, 17, 0) == (own, [])
+    assert len(token_logprob(logits[:5], 0, 20)[1]) == 5
+    rows = policy.log_softmax(np.stack([logits, logits[::-1]]))
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows[0], reference, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(rows[1], reference.numpy()[::-1], rtol=1e-6, atol=1e-5)
