@@ -78,9 +78,7 @@ def read_params(file: Path) -> Params:
         raise Mistake(f"{file}: {error} is missing") from None
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise Mistake(f"{file}: {error}") from None
-    if unknown := sorted(
-        values.keys() - {"max_position_embeddings", "max_seq_len", "model_type"}
-    ):  # they change nothing
+    if unknown := sorted(values.keys() - {"max_position_embeddings", "max_seq_len", "model_type"}):
         warnings.warn(f"{file}: ignored, unknown: {', '.join(unknown)}", stacklevel=2)
     return p
 
@@ -320,7 +318,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     parser = tekken.Tekkenizer.from_file if files[0].suffix == ".json" else sentencepiece.SentencePieceTokenizer
     try:
         tokenizer = parser(files[0])
-    except Exception as error:  # a damaged file makes different parsers raise all sorts of them
+    except Exception as error:  # these parsers may raise anything on a damaged file
         raise Mistake(f"{files[0]}: not a tokenizer: {' '.join(str(error).split())}") from None
     if tokenizer.n_words != vocab_size:
         raise Mistake(f"{files[0]}: {tokenizer.n_words} tokens; params.json says vocab_size = {vocab_size}")

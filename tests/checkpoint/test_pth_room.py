@@ -102,6 +102,7 @@ def test_fault_26_code_in_the_pickle_does_not_run(tmp_path, refused):
         (b"\x80\x02}", "damaged"),
         (b"\x80\x02X\xff\xff\xff\x7fa.", "damaged"),
         (b"", "damaged"),
+        (b"cposix\\o\nx\n.", "posix"),
         (b"\x80\x02}))" + b"q\x00h\x00\x86" * 100 + b"K\x01s.", "key that is no name"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -162,7 +163,9 @@ def _interpret(data: bytes, storage: Callable[[Any], _Storage]) -> Any:
         return items
 
     argument: Any
-    with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError):
+    # pickletools undoes escapes in names, and warns of wrong ones.
+    ignored = warnings.catch_warnings(action="ignore")
+    with ignored, suppress(ValueError, IndexError, KeyError, TypeError, OverflowError):
         for operation, argument, _ in pickletools.genops(data):
             match operation.name:
                 case "PROTO":

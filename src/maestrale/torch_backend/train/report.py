@@ -1,0 +1,140 @@
+"""What a run tells: a progress bar or plain lines, a log of JSON lines, a picture of the losses, a model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from maestrale.errors import DiskError
+from maestrale.torch_backend.train.settings import TrainSettings
+
+_PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
+
+
+class Report:
+    """A context that follows a run from step `done`. Lines of the log after that step, of a run cut off, go."""
+
+    def __init__(self, path: Path, settings: TrainSettings, done: int):
+        self._settings, self._done = settings, done
+        self._tokens_per_step = settings.batch_size * settings.seq_len
+        kept = [line for line in read_log(path) if line["step"] <= done] if done else []
+        try:
+            self._log = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        except OSError as error:
+            raise DiskError(f"{path}: cannot write: {error.strerror}") from error
+        for line in kept:
+            self._write(line)
+        self._bar: Any = None
+        self._begun = self._printed = time.monotonic()
+        self._last = (self._begun, done)
+
+    def __enter__(self) -> Report:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._task = self._bar.add_task("", total=self._settings.steps, completed=self._done)
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._log.close()
+
+    def step(self, step: int, loss: float, norm: float, lr: float) -> None:
+        """After step `step`, counted from 1. loss: nats per token."""
+        now = time.monotonic()
+        speed = (step - self._done) * self._tokens_per_step / (now - self._begun)
+        if step % self._settings.log_every == 0 or step == self._settings.steps:
+            before, before_step = self._last
+            lately = (step - before_step) * self._tokens_per_step / (now - before)
+            self._last = (now, step)
+            self._write(
+                {
+                    "step": step,
+                    "tokens": step * self._tokens_per_step,
+                    "loss": round(loss, 5),
+                    "gradient_norm": round(norm, 5),
+                    "lr": lr,
+                    "tokens_per_s": round(lately, 1),
+                }
+            )
+        left = (self._settings.steps - step) * self._tokens_per_step / speed
+        text = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif now - self._printed >= _PLAIN_SECONDS or step == self._settings.steps:
+            self._printed = now
+            print(f"step {step} of {self._settings.steps}: {text}, {left / 60:.0f} min left", file=sys.stderr)
+
+    def heldout(self, step: int, nats_per_token: float, bits_per_byte: float | None = None) -> None:
+        """bits_per_byte: of the whole held-out text; None where only part of it was looked at."""
+        line: dict[str, Any] = {"step": step, "heldout_nats_per_token": round(nats_per_token, 5)}
+        text = f"step {step}: held-out {nats_per_token:.4f} nats per token"
+        if bits_per_byte is not None:
+            line["heldout_bits_per_byte"] = round(bits_per_byte, 5)
+            text += f", {bits_per_byte:.4f} bits per byte"
+        self._write(line)
+        if self._bar is not None:
+            self._bar.console.print(text)
+        else:
+            print(text, file=sys.stderr)
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last one that a killed run left unfinished is no line."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def draw_losses(log: Path, picture: Path) -> None:
+    """Losses over tokens, training and held-out, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_log(log)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    heldout = [(line["step"], line["heldout_nats_per_token"]) for line in lines if "heldout_nats_per_token" in line]
+    for points, label, style in ((trained, "training", "-"), (heldout, "held-out", "o-")):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+
+
+def model_card(settings: TrainSettings, result: Mapping[str, Any]) -> str:
+    """README.md of the exported folder: what is known without a person."""
+    model = settings.model
+    kind = "dense"
+    if model.moe is not None:
+        kind = f"mixture of {model.moe.num_experts} experts, {model.moe.num_experts_per_tok} a token"
+    return f"""# {Path(settings.out).name}
+
+A small language model trained from scratch by `maestrale train`.
+
+| | |
+|---|---|
+| parameters | {result["parameters"]:,} |
+| form | {kind}, {model.n_layers} layers, dim {model.dim}, vocabulary {model.vocab_size} |
+| trained on | {result["tokens"]:,} tokens in {result["steps"]:,} steps of {settings.batch_size} x {settings.seq_len} |
+| held-out loss | {result["nats_per_token"]:.4f} nats per token, {result["bits_per_byte"]:.4f} bits per byte |
+"""
