@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +55,7 @@ class LLM:
         options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
+        self._news: dict[Request, deque[Completion]] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -137,15 +139,26 @@ class LLM:
         return requests
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[Request, Completion]]:
-        """Steps until all of `requests` have ended; however it is left, none of them stays in the engine."""
+        """Steps until all of `requests` have ended; however it is left, none of them stays in the engine.
+
+        Several of these may run in turns (two streams read alternately): a step's news go to whom they belong.
+        """
+        self._news.update((request, deque()) for request in requests)
         try:
-            while not all(request.finished for request in requests):
-                yield from self._engine.step()
+            while True:
                 for request in requests:
+                    while self._news[request]:
+                        yield request, self._news[request].popleft()
                     if request.error is not None:
                         raise request.error
+                if all(request.finished for request in requests):
+                    return
+                for request, piece in self._engine.step():
+                    self._news[request].append(piece)
         finally:
             self._abort(requests)
+            for request in requests:
+                del self._news[request]
 
     def _abort(self, requests: list[Request]) -> None:
         for request in requests:

@@ -51,6 +51,8 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 def compile_parts(model: Transformer) -> None:
     """torch.compile, in place. A mixture's routing stays as it is: the number of rows of an expert is data."""
+    # A graph for each layer, in training and in evaluation; the library's own limit is 8 and then gives up.
+    torch._dynamo.config.recompile_limit = 8 + 4 * model.config.n_layers
     for layer in model.layers:
         if model.config.moe is None:
             layer.compile()
