@@ -55,11 +55,5 @@ class DiskError(MaestraleError):
     exit_code = 5
 
 
-class DistributedError(MaestraleError):
-    """A rank died, hung or disagreed."""
-
-    exit_code = 6
-
-
 SIGINT_EXIT = 130
 SIGTERM_EXIT = 143

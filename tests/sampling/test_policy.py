@@ -189,37 +189,12 @@ def test_logits_that_are_not_numbers_refuse_the_request(value, temperature):
         lambda: sample(logits, SamplingParams(temperature=temperature, top_p=0.9), 0, 0, 0),
         lambda: sample(logits, SamplingParams(logit_bias={13: 1.0}), 0, 0, 0),
         lambda: token_logprob(logits, 1, 3),
-        lambda: policy.check_logits(logits),
         lambda: policy.log_softmax(np.stack([some_logits(50), logits])),
     ):
         with pytest.raises(RequestError, match=f"they hold {value}"):
             call()
     with pytest.raises(RequestError, match="no token is possible"):
         sample(np.full(5, -np.inf, np.float32), SamplingParams(), 0, 0, 0)
-
-
-def test_batched_greedy_agrees_with_sample_and_a_damaged_row_fails_alone():
-    rows = np.stack([some_logits(64, i) for i in range(6)])
-    rows[2, 5], rows[4, 5], rows[5] = np.nan, np.inf, -np.inf
-    ids = policy.greedy(rows)
-    assert ids.dtype == np.int64
-    assert ids[[2, 4, 5]].tolist() == [-1, -1, -1]
-    for i in (0, 1, 3):
-        assert ids[i] == sample(rows[i], SamplingParams(temperature=0), 0, 0, 0)
-    assert policy.greedy(rows[:0]).tolist() == []
-
-
-def test_greedy_is_offered_only_where_nothing_else_is_on():
-    assert policy.is_greedy(SamplingParams(temperature=0, top_k=3, top_p=0.5, logprobs=2))
-    for other in (
-        {"temperature": 1},
-        {"logit_bias": {1: 1}},
-        {"min_tokens": 1},
-        {"presence_penalty": 0.1},
-        {"frequency_penalty": -0.1},
-        {"repetition_penalty": 1.1},
-    ):
-        assert not policy.is_greedy(SamplingParams(**{"temperature": 0, **other}))
 
 
 def test_logit_bias_is_added():

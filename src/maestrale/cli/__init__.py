@@ -6,8 +6,10 @@ import functools
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +23,7 @@ from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
 from maestrale.cli.train import train
-from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, MaestraleError
+from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
 VERBS = {
     "demo": demo,
@@ -33,42 +35,44 @@ VERBS = {
     "train": train,
     "bench": bench,
 }
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def main() -> None:
     """Entry point of `maestrale` and `python -m maestrale`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
-    build_app()()
+    command = typer.main.get_command(build_app())
+    try:
+        code = command.main(sys.argv[1:] or ["--help"], prog_name="maestrale", standalone_mode=False)
+    except Exception as error:
+        # A usage error is click's class, and there are two clicks: the package, and the copy inside later typers.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "maestrale"
+        _complain(f"{error.format_message().rstrip('.')}. Try: {path} --help")
+        code = error.exit_code  # type: ignore[attr-defined]
+    sys.exit(code)
 
 
 def build_app() -> typer.Typer:
     app = typer.Typer(
         name="maestrale",
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        # --max_tokens is --max-tokens
-        context_settings={"token_normalize_func": lambda word: word.replace("_", "-"), "help_option_names": ["-h", "--help"]},
-    )  # fmt: skip
+        context_settings={
+            "token_normalize_func": lambda word: word.replace("_", "-"),  # --max_tokens is --max-tokens
+            "help_option_names": ["-h", "--help"],
+        },
+    )
     app.callback()(_top)
     for name, function in VERBS.items():
         app.command(name)(_guarded(function))
     return app
-
-
-def _top(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=lambda v: _version(v))
-    ] = False,
-) -> None:
-    """Run and train Mistral and Mixtral models.
-
-    Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 disk, 6 distributed, 130 Ctrl-C.
-    """
-    context.obj = debug
 
 
 def _version(wanted: bool) -> None:
@@ -77,32 +81,72 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's mistake is one line and an exit code, Ctrl-C is 130, a closed pipe is silence."""
+def _top(
+    context: typer.Context,
+    debug: Debug = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Run and train Mistral and Mixtral models.
 
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        import click
+    Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 disk, 130 Ctrl-C.
+    """
+    context.obj = debug
 
+
+def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """A verb with `--debug`: a mistake is one line and an exit code, Ctrl-C is 130, a closed pipe is silence."""
+
+    @functools.wraps(verb)
+    def guarded(context: typer.Context, debug: bool, **options: Any) -> None:
         try:
-            return function(*args, **kwargs)
-        except MaestraleError as error:
-            if click.get_current_context(silent=True) and click.get_current_context().find_root().obj:
-                raise
-            print(f"maestrale: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
+            verb(**options)
+            sys.stdout.flush()  # here, where an error can still be told
         except KeyboardInterrupt:
             raise typer.Exit(SIGINT_EXIT) from None
         except BrokenPipeError:
-            # Nobody reads any more. The interpreter would complain once more when it flushes at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             raise typer.Exit(0) from None
+        except (MaestraleError, MemoryError, OSError) as error:
+            if isinstance(error, OSError):
+                _discard_output()
+            if debug or context.obj:
+                traceback.print_exc()
+            else:
+                _complain(str(error) or "out of memory")
+            raise typer.Exit(_exit_code(error)) from None
 
+    of_verb = signature(verb, eval_str=True)
+    added = {"context": typer.Context, "debug": Debug}
+    extra = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=False if name == "debug" else Parameter.empty, annotation=kind)
+        for name, kind in added.items()
+    ]
+    guarded.__signature__ = of_verb.replace(parameters=[*of_verb.parameters.values(), *extra])  # type: ignore[attr-defined]
     return guarded
 
 
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, MaestraleError):
+        return error.exit_code
+    return MemoryLimitError.exit_code if isinstance(error, MemoryError) else DiskError.exit_code
+
+
+def _complain(message: str) -> None:
+    print(f"maestrale: {message}", file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Where standard output takes no more: what is left in its buffer would fail again when the interpreter ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    print(f"maestrale: warning: {message}", file=sys.stderr)
+    _complain(f"warning: {message}")
 
 
 def _terminate(number: int, frame: object) -> None:

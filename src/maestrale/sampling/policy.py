@@ -84,26 +84,6 @@ def sample(
     return best if params.temperature == 0 else _draw(x, float(x[best]), params, uniform(seed, sample_index, index))
 
 
-def greedy(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """`sample` at temperature 0 with nothing else on, for many rows: float32 [N, vocab] → int64 [N].
-
-    A row that `sample` would refuse gives -1, so that it fails alone; `check_logits` raises its error.
-    """
-    ids = logits.argmax(axis=-1)
-    peaks = np.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-    return np.where(np.isfinite(peaks), ids, -1)
-
-
-def is_greedy(params: SamplingParams) -> bool:
-    """Whether `greedy` gives what `sample` would give with these parameters."""
-    return params.temperature == 0 and not params.logit_bias and not params.min_tokens and not _penalises(params)
-
-
-def check_logits(logits: NDArray[np.float32]) -> None:
-    """RequestError where a row of logits holds NaN or +inf, or nothing above -inf."""
-    _check_peak(float(logits.max()))
-
-
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Natural-log probabilities along the last axis: float32 [..., vocab] → float32 [..., vocab].
 
