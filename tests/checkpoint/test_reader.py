@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from maestrale.checkpoint.dtypes import to_float32
+from maestrale.checkpoint.dtypes import cast
 from maestrale.checkpoint.hf import hf_name, to_hf_rows, to_native_rows
 from maestrale.checkpoint.reader import check_finite, open_checkpoint
 from maestrale.errors import CheckpointError, ConfigError
@@ -15,7 +15,7 @@ def check_equals(folder, arrays):
     with open_checkpoint(folder) as checkpoint:
         assert set(checkpoint.names()) == set(arrays)
         for name, array in arrays.items():
-            np.testing.assert_array_equal(to_float32(checkpoint.tensor(name)), array)
+            np.testing.assert_array_equal(cast(checkpoint.tensor(name), "F32").array, array)
 
 
 def write_native(folder, values):

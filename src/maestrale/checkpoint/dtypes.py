@@ -61,18 +61,6 @@ def byte_count(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * STORAGE[dtype].itemsize
 
 
-def to_float32(tensor: StoredTensor) -> NDArray[np.float32]:
-    """The values [*shape] in float32, exactly; a view where they are stored so. CheckpointError for other dtypes."""
-    if tensor.dtype == "F32":
-        return tensor.array
-    values = np.empty(math.prod(tensor.shape), np.float32)
-    elements = tensor.data.view(_weight_storage(tensor.dtype))
-    for start in range(0, len(values), _CHUNK):
-        part = elements[start : start + _CHUNK]
-        values[start : start + _CHUNK] = _widen(part) if tensor.dtype == "BF16" else part
-    return values.reshape(tensor.shape)
-
-
 def cast(tensor: StoredTensor, dtype: str) -> StoredTensor:
     """Between BF16, F16 and F32, rounding to nearest, ties to even; NaN stays NaN, too large for F16 becomes Inf."""
     if tensor.dtype == dtype:
