@@ -6,6 +6,8 @@ index tensors that the kernels read, once a step and for each kind of layer.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,15 +30,15 @@ class PagedCache:
         self.layout, self.kernel, self.dtype, self.device = layout, kernel, dtype, device
         self.kind_of_layer = [layout.windows.index(window) for window in config.sliding_window]
         self.index_in_kind = [self.kind_of_layer[:i].count(kind) for i, kind in enumerate(self.kind_of_layer)]
-        # k and v of a kind: [layers of the kind, slots, G, C]. Zeros, not empty: padding must not read NaN, and
-        # the system hands out zero pages only as they are first written.
+        # k and v of a kind: [2, layers of the kind, slots, G, C]
         self.pools = [
-            torch.zeros(
-                2, self.kind_of_layer.count(kind), pages * layout.page_size, config.n_kv_heads, config.head_dim,
-                dtype=dtype, device=device,
+            _zeros(
+                (2, self.kind_of_layer.count(kind), pages * layout.page_size, config.n_kv_heads, config.head_dim),
+                dtype,
+                device,
             )
             for kind, pages in enumerate(layout.pages)
-        ]  # fmt: skip
+        ]
 
     def begin(self, batch: Batch) -> StepView:
         """Do the batch's page copies and work out where its tokens are written and which keys they see."""
@@ -96,3 +98,12 @@ class StepView:
         k_SGC.index_copy_(0, self.written[kind], k_TGC)
         v_SGC.index_copy_(0, self.written[kind], v_TGC)
         return self.cache.kernel(q_THC, k_SGC, v_SGC, self.groups[kind])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, not whatever memory held: padding must not read NaN. On the CPU they are a mapping that takes memory only
+    where it is written (torch.zeros writes all of it), so a pool may be large and cost what is used of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    mapping = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(mapping, dtype=dtype).view(shape)
