@@ -61,7 +61,8 @@ def launch(
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
         device = _device(options.device)
-        dtype = checkpoint.dtype if options.dtype == "auto" else _DTYPES[options.dtype]
+        wanted = "bfloat16" if options.weights == "bf16" else options.dtype
+        dtype = checkpoint.dtype if wanted == "auto" else _DTYPES[wanted]
         max_chunk = options.max_batch_tokens or (512 if device == "cpu" else 8192)
         layout = make_layout(
             config,
@@ -100,11 +101,16 @@ def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer
 
 
 def _device(device: str) -> str:
-    if device != "auto":
-        return device
+    """The name of a device that works; UsageError where it does not."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _memory(device: str) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from inspect import Parameter, signature
+from inspect import Parameter, cleandoc, signature
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ from maestrale.cli.interactive import interactive
 from maestrale.cli.train import train
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
     "interactive": interactive,
@@ -43,6 +44,8 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to end
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
     command = typer.main.get_command(build_app())
@@ -54,7 +57,7 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "maestrale"
-        _complain(f"{error.format_message().rstrip('.')}. Try: {path} --help")
+        _complain(f"{error.format_message()} (see {path} --help)")
         code = error.exit_code  # type: ignore[attr-defined]
     sys.exit(code)
 
@@ -71,8 +74,13 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_top)
     for name, function in VERBS.items():
-        app.command(name)(_guarded(function))
+        app.command(name, help=_paragraphs(function))(_guarded(function))
     return app
+
+
+def _paragraphs(verb: Callable[..., None]) -> str:
+    """A verb's docstring, each paragraph on one line: the help screen breaks lines to its own width."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in cleandoc(verb.__doc__ or "").split("\n\n"))
 
 
 def _version(wanted: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,9 +20,14 @@ SEPARATOR = "====================="
 
 def generate(
     path: opt.Model = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given again.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given again.", show_default=False)
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with a prompt a line (JSON strings in a .jsonl file); - reads from a pipe.")
+        Path | None,
+        typer.Option(
+            help="A file with a prompt a line (.jsonl: JSON strings); - is standard input.", show_default=False
+        ),
     ] = None,
     max_tokens: opt.MaxTokens = 128,
     temperature: opt.Temperature = 0.7,
@@ -31,16 +35,30 @@ def generate(
     top_p: opt.TopP = 0.95,
     min_p: opt.MinP = 0.0,
     repetition_penalty: opt.RepetitionPenalty = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Taken off the logit of each token generated already.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="The same, once for each time it was generated.")] = 0.0,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(help="Taken off the logit of each token generated already.", rich_help_panel=opt.SAMPLING),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="The same, once for each time it was generated.", rich_help_panel=opt.SAMPLING)
+    ] = 0.0,
     seed: opt.Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    beam_width: Annotated[
+        int, typer.Option(help="Above 1: beam search of that width.", rich_help_panel=opt.SAMPLING)
+    ] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Beam search: above 0 favours long text.", rich_help_panel=opt.SAMPLING)
+    ] = 1.0,
     n: Annotated[int, typer.Option("--n", "-n", help="Continuations of each prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given again.", show_default=False)
+    ] = None,
     min_tokens: Annotated[int, typer.Option(help="No end before so many tokens.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
-    beam_width: Annotated[int, typer.Option(help="Above 1: beam search of that width.")] = 1,
-    length_penalty: Annotated[float, typer.Option(help="Beam search: above 0 favours long text.")] = 1.0,
-    logprobs: Annotated[int | None, typer.Option(help="Report logprobs, and of so many alternatives.", show_default=False)] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: logprobs, and those of so many alternatives, 0 to 20.", show_default=False),
+    ] = None,
     prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt.", show_default=False)] = None,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -88,9 +106,10 @@ def generate(
         ignore_unexpected=ignore_unexpected,
     )
     if len(texts) == 1 and n == 1 and not json:
-        print(texts[0], end="", flush=True)
+        before = texts[0]  # shown with the first piece: a prompt that is refused is not shown
         for piece in llm.stream(texts[0], params):
-            print(piece.text, end="", flush=True)
+            print(before + piece.text, end="", flush=True)
+            before = ""
         print()
         return
     completions = llm.generate(texts, params)
@@ -110,11 +129,8 @@ def as_json(prompt: str, completion: Completion) -> dict[str, Any]:
 
 def read_prompts(path: Path) -> list[str]:
     """A prompt a line; empty lines are left out. In a .jsonl file a line is a JSON string or {"prompt": …}."""
-    try:
-        content = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the prompts: {error}") from None
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    content = opt.read_text(path)
+    lines = [(i, line.removesuffix("\r")) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
     if path.suffix != ".jsonl":
         return [line for _, line in lines]
     texts = []

@@ -82,25 +82,31 @@ class Engine:
         row = 0
         for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
             rows, row = logits[row : row + len(positions)], row + len(positions)
-            self._read_prompt_rows(sequence, positions, rows)
+            try:
+                self._read_prompt_rows(sequence, positions, rows)
+            except RequestError as error:
+                self._fail(sequence.request, error)
             sequence.computed += count
-            if not sequence.pending:
+            if not sequence.pending and not sequence.request.finished:
                 ready.setdefault(sequence.request, []).append((sequence, rows[-1]))
         for request, last_rows in ready.items():
             try:
                 news += [(request, piece) for piece in self._advance(request, last_rows)]
             except RequestError as error:
-                request.error = error
-                self.abort(request)
+                self._fail(request, error)
         return news
 
+    def _fail(self, request: Request, error: RequestError) -> None:
+        request.error = error
+        self.abort(request)
+
     def _check_prompt(self, prompt: Items[int], params: SamplingParams) -> None:
-        if not prompt:
+        if len(prompt) == 0:
             raise RequestError("the prompt has no tokens: at least one is needed", param="prompt")
-        ids = np.asarray(prompt)
-        if not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= self.vocab_size:
+        whole = all(isinstance(token, (int, np.integer)) and type(token) is not bool for token in prompt)
+        if not whole or min(prompt) < 0 or max(prompt) >= self.vocab_size:
             raise RequestError(
-                f"the prompt's token ids must be whole numbers from 0 to {self.vocab_size - 1}", "prompt"
+                f"the prompt's token ids must be whole numbers from 0 to {self.vocab_size - 1}", param="prompt"
             )
         params.check_vocabulary(self.vocab_size)
         if params.stop and self.tokenizer is None:
@@ -130,7 +136,7 @@ class Engine:
 
     def _prepare(self, sequence: Sequence) -> None:
         request = sequence.request
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and request.params.beam_width == 1:
             sequence.decoder = self.tokenizer.stream(after=request.prompt)
         sequence.history = history_for(request.params, request.prompt, self.vocab_size)
         if request.params.logprobs is not None:
@@ -162,14 +168,14 @@ class Engine:
 
     def _advance(self, request: Request, rows: list[tuple[Sequence, NDArray[np.float32]]]) -> list[Completion]:
         """Turns the rows of sequences that have caught up into their next tokens."""
-        if request.params.max_tokens == 0 or len(request.prompt) >= request.length_limit:
-            return [self._finish(request.sequences[0], "length", Completion())]
-        if request.params.beam_width > 1:
+        if request.params.beam_width > 1 and request.params.max_tokens > 0:
             return self._advance_beams(request, rows)
         if not request.forked:
             request.forked = True
             leader, row = rows[0]
             rows = [(leader, row)] + [(self._fork(leader, i), row) for i in range(1, request.params.n)]
+        if request.params.max_tokens == 0:
+            return [self._finish(sequence, "length", Completion(index=sequence.index)) for sequence, _ in rows]
         return [self._append(sequence, row) for sequence, row in rows]
 
     def _append(self, sequence: Sequence, row: NDArray[np.float32]) -> Completion:

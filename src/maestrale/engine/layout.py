@@ -51,14 +51,14 @@ def make_layout(
                 f"{budget / 2**20:,.0f} MiB are to be had: the longest context that fits is {fits}"
             )
         wanted = fits
-    n_sequences = min(max_sequences, budget // sequence_bytes(wanted))
+    one = sequence_bytes(wanted)
     return CacheLayout(
         page_size=page_size,
         max_len=wanted,
         max_chunk=max_chunk,
         windows=config.windows,
         rings=rings(wanted),
-        pages=tuple(n_sequences * ring for ring in rings(wanted)),
+        pages=tuple(min(max_sequences * ring, ring * budget // one) for ring in rings(wanted)),
     )
 
 

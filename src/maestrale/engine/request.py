@@ -96,9 +96,10 @@ class Request:
 
     def takes(self, budget: int) -> list[tuple[Sequence, int]]:
         """Which of its sequences would compute how many tokens if `budget` tokens were left in this step."""
-        pending = sum(sequence.pending for sequence in self.sequences)
+        pending = [sequence.pending for sequence in self.sequences]
         # Beams are ranked against each other, so their last rows must come out of one and the same step.
-        held_back = 1 if self.params.beam_width > 1 and pending > budget and self.forked else 0
+        together = self.params.beam_width > 1 and self.forked
+        held_back = 1 if together and (sum(pending) > budget or max(pending) > self.chunk) else 0
         taken = []
         for sequence in self.sequences:
             count = min(sequence.pending - held_back, budget, self.chunk)

@@ -45,7 +45,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         step, budget = Schedule(), self.max_batch_tokens
         scheduled: set[Request] = set()
-        preemptions = self.preemptions
+        short = False
         decoding_first = sorted(self.running, key=lambda r: sum(s.pending for s in r.sequences) > len(r.sequences))
         for request in decoding_first:
             while budget and request in self.running and (work := request.takes(budget)):
@@ -53,12 +53,13 @@ class Scheduler:
                     scheduled.add(request)
                     budget -= sum(count for _, count in work)
                     break
+                short = True
                 later = self.running[self.running.index(request) :]
                 victim = next((r for r in reversed(later) if r not in scheduled), None)
                 if victim is None or (victim is request and scheduled):
                     break  # it keeps its pages and waits for those that run in this step
                 self._preempt(victim)
-        if self.preemptions == preemptions:  # else the victim would take at once the pages that it gave up
+        if not short:  # else newcomers would take the pages that a victim gave up, or that a running request waits for
             self._admit(step, budget)
         return step
 

@@ -8,7 +8,6 @@ import torch
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
-from maestrale.errors import UsageError
 from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
@@ -45,9 +44,4 @@ def open_runner(
     progress: Callable[[int, int], None],
 ) -> TorchRunner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16")."""
-    try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return TorchRunner(load_model(checkpoint, DTYPES[dtype], place, progress), layout)
+    return TorchRunner(load_model(checkpoint, DTYPES[dtype], torch.device(device), progress), layout)

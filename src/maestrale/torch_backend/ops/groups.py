@@ -14,7 +14,7 @@ import torch
 class Group:
     """Sequences whose queries are attended to in one call.
 
-    rows_BN: int64, rows of the step's q. keys_BS: int64, slots of the cache, shorter sequences padded with slot 0.
+    rows_BN: int64, rows of the step's q. keys_BS: int64, slots of the cache, short rows padded with slots of their own.
     mask_BNS: in q's dtype, 0 where visible and -inf where not (padding never is).
     Either B = 1 (a chunk of one sequence) or N = 1 (a decode step of several): no query is ever padded.
     """

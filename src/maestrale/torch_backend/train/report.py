@@ -44,7 +44,9 @@ class Report:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         self._log.close()
@@ -89,8 +91,11 @@ class Report:
             print(text, file=sys.stderr)
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+        try:
+            self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+        except OSError as error:
+            raise DiskError(f"{self._log.name}: cannot write: {error.strerror}") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -102,7 +107,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_losses(log: Path, picture: Path) -> None:
-    """Losses over tokens, training and held-out, as a PNG."""
+    """Losses over steps, training and held-out, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -118,7 +123,7 @@ def draw_losses(log: Path, picture: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=120, format="png")
 
 
 def model_card(settings: TrainSettings, result: Mapping[str, Any]) -> str:
@@ -136,5 +141,6 @@ A small language model trained from scratch by `maestrale train`.
 | parameters | {result["parameters"]:,} |
 | form | {kind}, {model.n_layers} layers, dim {model.dim}, vocabulary {model.vocab_size} |
 | trained on | {result["tokens"]:,} tokens in {result["steps"]:,} steps of {settings.batch_size} x {settings.seq_len} |
+| time | {result["seconds"] / 60:.0f} minutes |
 | held-out loss | {result["nats_per_token"]:.4f} nats per token, {result["bits_per_byte"]:.4f} bits per byte |
 """

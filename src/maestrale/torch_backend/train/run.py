@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import math
 import signal
 import sys
@@ -45,6 +44,7 @@ class TrainResult:
     steps: int
     tokens: int
     parameters: int
+    seconds: float
     nats_per_token: float
     bits_per_byte: float
 
@@ -81,18 +81,20 @@ def train(settings: TrainSettings, resume: bool = False, force: bool = False) ->
             steps.compile_parts(model)
         report = Report(folder / "log.jsonl", settings, done.step)
         with report, _stop_signals() as stopped:
-            _loop(settings, model, optimizer, data, heldout, done, state_path, report, stopped)
+            seconds = _loop(settings, model, optimizer, data, heldout, done, state_path, report, stopped)
             nats, n_labels = steps.evaluate(model, heldout, np.arange(len(heldout)), settings)
             result = TrainResult(
                 out=settings.out,
                 steps=settings.steps,
                 tokens=settings.steps * settings.batch_size * settings.seq_len,
                 parameters=sum(p.numel() for p in model.parameters()),
+                seconds=round(seconds, 1),
                 nats_per_token=nats / n_labels,
                 bits_per_byte=nats / _NATS_PER_BIT / heldout_bytes,
             )
             report.heldout(settings.steps, result.nats_per_token, result.bits_per_byte)
-        draw_losses(folder / "log.jsonl", folder / "loss.png")
+        with atomic_file(folder / "loss.png") as partial:
+            draw_losses(folder / "log.jsonl", partial)
         _export(model, settings, result, folder, force)
     return result
 
@@ -107,7 +109,8 @@ def _loop(
     state_path: Path,
     report: Report,
     stopped: list[int],
-) -> None:
+) -> float:
+    """The steps from `done` to the last; seconds spent, those of earlier runs included."""
     sample = np.unique(np.linspace(0, len(heldout) - 1, _HELDOUT_SEQUENCES).astype(np.int64))
     begun = time.monotonic() - done.seconds
     for step in range(done.step, settings.steps):
@@ -130,6 +133,7 @@ def _loop(
         if (step + 1) % settings.heldout_every == 0 and not last:
             nats, n_labels = steps.evaluate(model, heldout, sample, settings)
             report.heldout(step + 1, nats / n_labels)
+    return time.monotonic() - begun
 
 
 def _prepare(settings: TrainSettings, folder: Path, resume: bool) -> tuple[Packed, Packed, int]:
@@ -157,7 +161,8 @@ def _prepare(settings: TrainSettings, folder: Path, resume: bool) -> tuple[Packe
 
 def _export(model: Transformer, settings: TrainSettings, result: TrainResult, folder: Path, force: bool) -> None:
     card = folder / "README.md"
-    card.write_text(model_card(settings, result.__dict__), encoding="utf-8")
+    with atomic_file(card) as partial:
+        partial.write_text(model_card(settings, vars(result)), encoding="utf-8")
     tensors: dict[str, Any] = {
         name: StoredTensor.from_array(parameter.detach().numpy(), "F32") for name, parameter in model.named_parameters()
     }

@@ -21,7 +21,7 @@ from maestrale.errors import CheckpointError, UsageError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Where a run reads and writes, how often it reports, and how many steps a second it makes: none changes its numbers.
-_FREE = {"out", "train", "heldout", "tokenizer", "log_every", "heldout_every", "save_every"}
+_FREE = {"out", "train", "heldout", "log_every", "heldout_every", "save_every"}
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,8 @@ def save_state(
         write_safetensors(partial, entries, stored, metadata)
 
 
-def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
-) -> Progress:
-    """Puts a state back. UsageError where it was made with other settings, which it shows; CheckpointError for damage."""
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> Progress:
+    """Puts a state back. UsageError where it was made with other settings, shown; CheckpointError where damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from maestrale.config import ModelConfig
-from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.model import Attention, Block, FeedForward, RMSNorm, Transformer
 from maestrale.torch_backend.train.loss import balance_loss, packed_loss, router_scores
 from maestrale.torch_backend.train.packing import IGNORED, Packed
 from maestrale.torch_backend.train.settings import TrainSettings
@@ -31,7 +31,13 @@ def new_model(config: ModelConfig, seed: int) -> Transformer:
 
 
 def new_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Matrices decay, the norms' weights do not."""
+    """Matrices decay, the norms' weights do not.
+
+    Every parameter has a gradient from the start: an expert that no token chose in a step takes part with zeros, so
+    all parameters count the same steps.
+    """
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [
@@ -51,16 +57,14 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 def compile_parts(model: Transformer) -> None:
     """torch.compile, in place. A mixture's routing stays as it is: the number of rows of an expert is data."""
-    # A graph for each layer, in training and in evaluation; the library's own limit is 8 and then gives up.
+    dense = model.config.moe is None
+    # One graph for each layer, training and evaluating; the library's own limit of 8 would leave the rest uncompiled.
     torch._dynamo.config.recompile_limit = 8 + 4 * model.config.n_layers
-    for layer in model.layers:
-        if model.config.moe is None:
-            layer.compile()
-            continue
-        for part in (layer.attention, layer.attention_norm, layer.ffn_norm):
-            part.compile()
-        for expert in layer.feed_forward.experts:
-            expert.compile(dynamic=True)
+    for module in model.modules():
+        if isinstance(module, Block if dense else (Attention, RMSNorm)):
+            module.compile()
+        elif isinstance(module, FeedForward) and not dense:
+            module.compile(dynamic=True)
 
 
 def learn(
@@ -71,6 +75,7 @@ def learn(
     Without an update where either is no finite number: the caller must look.
     """
     n_labels = max(1, int((data.labels[rows] != IGNORED).sum()))
+    moe = model.config.moe
     micro_batches = rows.reshape(-1, settings.micro_batch)
     total = 0.0
     for micro in micro_batches:
@@ -78,16 +83,15 @@ def learn(
         with router_scores(model) as scores, _autocast(settings):
             loss = packed_loss(model, tokens, labels, documents) / n_labels
         total += loss.item()
-        if scores:
+        if moe is not None:
             real = documents.flatten() >= 0
-            n_chosen = model.config.moe.num_experts_per_tok
-            balance = torch.stack([balance_loss(s, n_chosen, real) for s in scores]).mean()
+            balance = torch.stack([balance_loss(s, moe.num_experts_per_tok, real) for s in scores]).mean()
             loss = loss + settings.balance / len(micro_batches) * balance
         loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip).item()
     if math.isfinite(total) and math.isfinite(norm):
         optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     return total, norm
 
 

@@ -72,7 +72,8 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int, threads: int) -> 
             minloglevel=3,
         )
     except RuntimeError as error:
-        raise UsageError(f"model.vocab_size = {vocab_size}: cannot learn a tokenizer: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UsageError(f"model.vocab_size = {vocab_size}: cannot learn a tokenizer: {reason}") from None
     return model.getvalue()
 
 

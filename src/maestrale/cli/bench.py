@@ -1,0 +1,5 @@
+"""Placeholder until `maestrale bench` is written."""
+
+
+def bench() -> None:
+    """Measure speed."""

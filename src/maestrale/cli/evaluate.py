@@ -1,0 +1,175 @@
+"""`maestrale eval`: perplexity of a text, read with the windows the model has."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from maestrale.cli import options as opt
+from maestrale.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from maestrale.llm import LLM
+
+_LONGEST = (1 << 31) - 1  # positions that the engine counts to
+_MOST_NATS = 700  # whose perplexity is still a float
+_GROUP = 4096  # tokens read between two looks at the progress
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Token ids to be read in one go, of which the first `given` are not scored: they are context."""
+
+    ids: list[int]
+    given: int
+
+
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A UTF-8 text file; - is standard input.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="A model folder; without one, the bundled model.", show_default=False, rich_help_panel=opt.MODEL
+        ),
+    ] = None,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="Three line feeds part the file into texts of their own.")
+    ] = False,
+    max_len: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens read in one go; without it the model's context, or all where every layer has a window.",
+            show_default=False,
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="New tokens in each segment of a longer text; half of them by default.", show_default=False),
+    ] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
+    max_batch_tokens: opt.MaxBatchTokens = None,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Score a text: nats per token, perplexity, bits per byte.
+
+    A model with a window in every layer reads a text of any length in one go; its cache keeps its size. Any other
+    reads segments of at most its context; each begins with tokens of the one before, which are not scored again.
+    """
+    content = opt.read_text(file)
+    texts = [text for text in (content.split("\n\n\n") if documents else [content]) if text]
+    if not texts:
+        raise UsageError(f"{file}: holds no text")
+    if stride is not None and stride < 1:
+        raise UsageError(f"--stride {stride}: expected a whole number of at least 1")
+    if max_len is None and _has_window_everywhere(model, ignore_unexpected):
+        max_len = _LONGEST
+    llm = opt.open_llm(
+        model,
+        dtype=dtype,
+        device=device,
+        backend=backend,
+        max_len=max_len,
+        max_batch_tokens=max_batch_tokens,
+        ignore_unexpected=ignore_unexpected,
+    )
+    if llm.max_len < 2:
+        raise UsageError(f"--max-len {llm.max_len}: at least 2 tokens are needed to score one")
+    if stride is not None and stride >= llm.max_len:
+        raise UsageError(f"--stride {stride}: expected less than the {llm.max_len} tokens read in one go")
+    start = time.perf_counter()
+    segments = [
+        segment
+        for text in texts
+        for segment in cut(llm.tokenizer.encode(text), llm.max_len, stride or llm.max_len // 2)
+    ]
+    logprobs = score(llm, segments)
+    if not logprobs:
+        raise UsageError(f"{file}: holds no token to score")
+    facts = _facts(logprobs, sum(len(text.encode()) for text in texts), time.perf_counter() - start)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        print(
+            f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes: {facts['nats_per_token']:.4f} nats per token, "
+            f"perplexity {facts['perplexity']:.4f}, {facts['bits_per_byte']:.4f} bits per byte "
+            f"({facts['seconds']:.1f} s, {facts['tokens_per_second']:,.0f} tokens/s)"
+        )
+
+
+def cut(ids: list[int], max_len: int, stride: int) -> Iterator[Segment]:
+    """Segments of at most `max_len` tokens, each `stride` beyond the last one, that score every id but the first.
+
+    0 < stride < max_len.
+    """
+    end = min(max_len, len(ids))
+    yield Segment(ids[:end], 1)
+    while end < len(ids):
+        before, end = end, min(end + stride, len(ids))
+        first = max(0, end - max_len)
+        yield Segment(ids[first:end], before - first)
+
+
+def score(llm: LLM, segments: list[Segment]) -> list[float]:
+    """Natural logprobs of all scored tokens, in order."""
+    from maestrale.sampling.params import SamplingParams
+
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    logprobs: list[float] = []
+    total, done = sum(len(segment.ids) for segment in segments), 0
+    with opt.progress_line("reading") as progress:
+        for group in _groups(segments):
+            for segment, answer in zip(group, llm.generate([s.ids for s in group], params), strict=True):
+                logprobs += [p for p in (answer.prompt_logprobs or [])[segment.given :] if p is not None]
+                done += len(segment.ids)
+                progress(done, total)
+    return logprobs
+
+
+def _groups(segments: list[Segment]) -> Iterator[list[Segment]]:
+    """Segments that are read in one batch: enough of them to fill its steps."""
+    group: list[Segment] = []
+    for segment in segments:
+        group.append(segment)
+        if sum(len(s.ids) for s in group) >= _GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _has_window_everywhere(model: Path | None, ignore_unexpected: bool) -> bool:
+    from maestrale.checkpoint.reader import open_checkpoint
+    from maestrale.launch import DEFAULT_MODEL
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # opening the model warns
+        with open_checkpoint(model or DEFAULT_MODEL, ignore_unexpected) as checkpoint:
+            return all(checkpoint.config.sliding_window)
+
+
+def _facts(logprobs: list[float], n_bytes: int, seconds: float) -> dict[str, Any]:
+    """What `--json` prints. Bytes are those of the texts; each text's begin-of-text token is given, not scored."""
+    nats = -math.fsum(logprobs)
+    mean = nats / len(logprobs)
+    if mean > _MOST_NATS:
+        raise CheckpointError(f"{mean} nats per token: the model or its weights are damaged; inspect --check-tensors")
+    return {
+        "tokens": len(logprobs),
+        "bytes": n_bytes,
+        "nats_per_token": mean,
+        "perplexity": math.exp(mean),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "seconds": seconds,
+        "tokens_per_second": len(logprobs) / seconds,
+    }

@@ -1,0 +1,195 @@
+"""`maestrale inspect`: what a model folder holds and what it takes to run it, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from maestrale.cli import options as opt
+from maestrale.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from maestrale.checkpoint.reader import Checkpoint
+    from maestrale.config import ModelConfig
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_LONGEST = (1 << 31) - 1  # positions that the engine counts to
+_CONTEXT = 32768  # where neither --length nor the folder says
+
+
+def inspect(
+    path: opt.Model = None,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sequence; without it the model's context, or 32768.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="To run in: float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    check_tensors: Annotated[
+        bool, typer.Option("--check-tensors", help="Read all weights; name those with NaN or Inf and leave with 3.")
+    ] = False,
+    ignore_unexpected: opt.IgnoreUnexpected = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Show a model's architecture, parameters, memory and tokenizer; only headers are read."""
+    from maestrale.checkpoint.reader import check_finite, open_checkpoint
+    from maestrale.launch import DEFAULT_MODEL
+
+    for name, value in (("length", length), ("batch", batch)):
+        if value is not None and not 0 < value <= _LONGEST:
+            raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected auto, {', '.join(_DTYPES)}")
+    with open_checkpoint(path or DEFAULT_MODEL, ignore_unexpected) as checkpoint:
+        facts = describe(checkpoint, length, batch, _DTYPES.get(dtype, checkpoint.dtype))
+        if check_tensors:
+            facts["bad_tensors"] = check_finite(checkpoint)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _show(_rows(facts), sys.stdout.isatty())
+    if bad := facts.get("bad_tensors"):
+        raise CheckpointError(f"{facts['path']}: NaN or Inf in the weights: {', '.join(bad)}")
+
+
+def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str) -> dict[str, Any]:
+    """What `--json` prints. Sizes in bytes, lengths in tokens.
+
+    cache.longest_context: the most tokens of each of `batch` sequences whose cache fits beside the weights; null
+    where any length does, which windows in all layers make possible.
+    """
+    from maestrale.checkpoint.dtypes import byte_count
+    from maestrale.memory import available_memory
+    from maestrale.plan import cache_bytes, count_parameters, tensor_plan
+
+    config = checkpoint.config
+    stored: Counter[str] = Counter()
+    for name, tensor in tensor_plan(config).items():
+        stored[checkpoint.stored_dtype(name)] += byte_count(checkpoint.stored_dtype(name), tensor.shape)
+    element_bytes = byte_count(dtype, (1,))
+    total, active = count_parameters(config)
+    weight_bytes, memory = total * element_bytes, available_memory()
+    length = length or config.max_position_embeddings or _CONTEXT
+    unwindowed = replace(config, sliding_window=(None,) * config.n_layers)
+    cache = batch * cache_bytes(config, length, element_bytes)
+    longest = bisect_right(
+        range(_LONGEST + 1), memory - weight_bytes, key=lambda n: batch * cache_bytes(config, n, element_bytes)
+    )
+    return {
+        "path": str(checkpoint.folder),
+        "layout": checkpoint.layout,
+        "files": {path.name: path.stat().st_size for path in _weight_files(checkpoint.folder)},
+        "config": asdict(config),
+        "parameters": {"total": total, "active": active},
+        "tokenizer": _tokenizer(checkpoint.folder, config),
+        "weights": {"stored": dict(stored), "dtype": dtype, "bytes": weight_bytes},
+        "cache": {
+            "length": length,
+            "batch": batch,
+            "bytes": cache,
+            "bytes_without_windows": batch * cache_bytes(unwindowed, length, element_bytes),
+            "longest_context": None if longest > _LONGEST else max(longest - 1, 0),
+        },
+        "memory": {"needed": weight_bytes + cache, "available": memory, "fits": weight_bytes + cache <= memory},
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    from maestrale.checkpoint.folder import find_weights
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # opening the checkpoint has warned already
+        return list(find_weights(folder)[1])
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    from maestrale.text.tokenizer import load_tokenizer
+
+    try:
+        return {"kind": load_tokenizer(folder, config.vocab_size).kind}
+    except CheckpointError as error:
+        return {"kind": None, "error": str(error)}
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, value) of each line; a label alone begins a group."""
+    config, files, cache, memory = facts["config"], facts["files"], facts["cache"], facts["memory"]
+    total, active = facts["parameters"]["total"], facts["parameters"]["active"]
+    names = list(files)
+    weights = facts["weights"]
+    rows = [
+        ("Model", facts["path"]),
+        ("layout", {"mistral": "native (params.json)", "hf": "Hugging Face (config.json)"}[facts["layout"]]),
+        ("files", f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}, {_size(sum(files.values()))}"),
+        ("tokenizer", facts["tokenizer"]["kind"] or f"none: {facts['tokenizer']['error']}"),
+        ("parameters", f"{total:,}" if active == total else f"{total:,}, of which a token uses {active:,}"),
+        ("Architecture", ""),
+    ]
+    for name, value in config.items():
+        if name == "sliding_window":
+            value = _windows(value)
+        elif name == "moe" and value is not None:
+            value = f"{value['num_experts']} experts, {value['num_experts_per_tok']} for each token"
+        elif value is not None and not isinstance(value, bool):
+            value = f"{value:,.12g}"  # 1,000,000 and 1e-05
+        rows.append((name, {None: "none", False: "no", True: "yes"}.get(value, value)))
+    sequences = "" if cache["batch"] == 1 else f" for each of {cache['batch']:,} sequences"
+    longest = "any" if cache["longest_context"] is None else f"{cache['longest_context']:,} tokens"
+    rows += [
+        ("Memory", ""),
+        ("weights, stored", ", ".join(f"{_size(size)} of {dtype}" for dtype, size in weights["stored"].items())),
+        (f"weights, as {weights['dtype']}", _size(weights["bytes"])),
+        ("cache", f"{_size(cache['bytes'])} at {cache['length']:,} tokens{sequences}"),
+        ("without windows", _size(cache["bytes_without_windows"])),
+        (
+            "fits here",
+            f"{'yes' if memory['fits'] else 'no'}: {_size(memory['needed'])} of {_size(memory['available'])}",
+        ),
+        ("longest that fits", longest),
+    ]
+    if "bad_tensors" in facts:
+        bad = facts["bad_tensors"]
+        rows += [("Tensors", ""), ("with NaN or Inf", ", ".join(bad) or "none")]
+    return rows
+
+
+_size = opt.readable_bytes
+
+
+def _windows(pattern: list[int | None]) -> str:
+    """[4096] * 32 → "4,096 in all layers"; of a mixed pattern, each run of layers."""
+    if set(pattern) == {None}:
+        return "none"
+    if len(set(pattern)) == 1:
+        return f"{pattern[0]:,} in all layers"
+    runs = [(window, len(list(run))) for window, run in groupby(pattern)]
+    return "by layer: " + ", ".join(
+        f"{count} x {'none' if window is None else f'{window:,}'}" for window, count in runs
+    )
+
+
+def _show(rows: list[tuple[str, str]], terminal: bool) -> None:
+    """On a terminal a table with bold groups; elsewhere aligned columns, one fact a line."""
+    if not terminal:
+        width = max(len(label) for label, _ in rows) + 2
+        for label, value in rows:
+            print(f"{label:{width}}{value}".rstrip())
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for label, value in rows:
+        head = label[0].isupper()
+        table.add_row(Text(label, "bold") if head else Text(f"  {label}"), Text(value, "bold" if head else ""))
+    Console().print(table)

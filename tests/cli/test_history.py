@@ -1,0 +1,63 @@
+import stat
+
+import pytest
+
+from maestrale.cli.history import KEPT, History, history_path
+
+readline = pytest.importorskip("readline")
+
+
+@pytest.fixture(autouse=True)
+def _clean_readline():
+    yield
+    readline.clear_history()
+
+
+def recalled():
+    return [readline.get_history_item(i + 1) for i in range(readline.get_current_history_length())]
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("/var/state", "/var/state"), ("", "/home/me/.local/state"), ("relative", "/home/me/.local/state")],
+)
+def test_the_file_is_in_the_state_folder(monkeypatch, state, expected):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("XDG_STATE_HOME", state)
+    assert str(history_path()) == f"{expected}/maestrale/history"
+
+
+def test_lines_are_kept_for_the_next_run_at_once(tmp_path):
+    path = tmp_path / "a" / "b" / "history"
+    history = History(path)
+    for line in ("one", "  ", "due è"):
+        history.add(line)
+    assert path.read_text(encoding="utf-8") == "one\ndue è\n"
+    history.close()
+    History(path).close()
+    assert recalled() == ["one", "due è"]
+
+
+def test_others_cannot_read_it_even_if_they_could_before(tmp_path):
+    path = tmp_path / "history"
+    path.write_text("secret\n")
+    path.chmod(0o644)
+    History(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "history").symlink_to(tmp_path / "target")
+    with pytest.warns(UserWarning, match="history is not kept"):
+        history = History(tmp_path / "history")
+    history.add("line")
+    history.close()
+    assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_a_long_history_is_cut_to_its_end(tmp_path):
+    path = tmp_path / "history"
+    path.write_text("".join(f"{i}\n" for i in range(3 * KEPT)))
+    History(path).close()
+    assert path.read_text().split() == recalled() == [str(i) for i in range(2 * KEPT, 3 * KEPT)]

@@ -1,0 +1,149 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from byte_models import ENVIRONMENT
+
+import maestrale
+from maestrale import cli
+from maestrale.errors import DiskError, MaestraleError, MemoryLimitError
+
+ENDLESS = ("--max-len", 10**6, "--max-tokens", 10**5, "--ignore-eos", "-p", "A")
+
+HELP = """
+import sys, time
+sys.argv = ["maestrale", "--help"]
+from maestrale.cli import main
+try:
+    main()
+except SystemExit as left:
+    heavy = {"torch", "numpy", "mistral_common", "tokenizers", "sentencepiece", "safetensors"} & set(sys.modules)
+    print(left.code, sorted(heavy), time.process_time())
+"""
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    times = []
+    for _ in range(3):
+        run = subprocess.run([sys.executable, "-c", HELP], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+        code, heavy, seconds = run.stdout.splitlines()[-1].split(" ")
+        assert (code, heavy) == ("0", "[]")
+        times.append(float(seconds))
+    assert min(times) < 0.3
+
+
+@pytest.mark.parametrize("verb", [None, *cli.VERBS])
+def test_help_screens_fit_80_columns(command, monkeypatch, verb):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    run = command(*([verb] if verb else []), "--help")
+    assert (run.code, run.err) == (0, "")
+    assert max(len(line) for line in run.out.splitlines()) <= 80
+    assert all(name in run.out for name in (cli.VERBS if verb is None else ["--debug"]))
+
+
+def test_no_verb_shows_the_help(command):
+    run = command()
+    assert run.code == 0
+    assert "Usage: maestrale" in run.out
+
+
+def test_version(command):
+    assert command("--version").out == f"maestrale {maestrale.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["dance"], ["dance", "maestrale --help"]),
+        (["generat"], ["generat", "generate"]),
+        (["generate", "--max-tokenz", "3"], ["--max-tokenz", "maestrale generate --help"]),
+        (["generate", "--max-tokens", "many"], ["--max-tokens"]),
+        (["convert", "a", "b"], ["--to"]),
+        (["generate"], ["-p TEXT"]),
+    ],
+)
+def test_wrong_usage_is_one_line_and_code_2(command, args, words):
+    run = command(*args)
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert run.err.startswith("maestrale: ")
+    assert all(word in run.err for word in words)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (MemoryLimitError("no room"), 4, "maestrale: no room\n"),
+        (MemoryError(), 4, "maestrale: out of memory\n"),
+        (DiskError("full"), 5, "maestrale: full\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_ends_a_verb_becomes_an_exit_code(command, monkeypatch, error, code, line):
+    def verb() -> None:
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    run = command("verb")
+    assert (run.code, run.out, run.err) == (code, "", line)
+
+
+@pytest.mark.parametrize("args", [["--debug", "verb"], ["verb", "--debug"]])
+def test_debug_shows_the_traceback_and_keeps_the_code(command, monkeypatch, args):
+    def verb() -> None:
+        raise MaestraleError("gone wrong")
+
+    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    run = command(*args)
+    assert run.code == MaestraleError.exit_code
+    assert run.err.startswith("Traceback")
+    assert run.err.endswith("gone wrong\n")
+
+
+def test_a_bug_is_not_hidden(monkeypatch):
+    def verb() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    monkeypatch.setattr(sys, "argv", ["maestrale", "verb"])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_silence(spawn, models, number, code):
+    process = spawn("generate", models["windowed"], *ENDLESS)
+    assert process.stdout.read(1) == "A"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (code, "")
+
+
+def test_a_reader_that_goes_away_is_no_error(spawn, models):
+    process = spawn("generate", models["windowed"], *ENDLESS)
+    assert process.stdout.read(1) == "A"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=20) == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_code_5(spawn, models):
+    with open("/dev/full", "w") as full:
+        process = spawn("inspect", models["dense"], stdout=full)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 5
+    assert err.startswith("maestrale: ")
+    assert err.count("\n") == 1
+
+
+def test_closed_output_is_no_error(spawn, models):
+    quiet = ENVIRONMENT | {"PYTHONWARNINGS": ""}
+    process = spawn("inspect", models["dense"], stdout=None, preexec_fn=lambda: os.close(1), env=quiet)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")

@@ -1,0 +1,151 @@
+"""`train` from text files to a folder that opens, and how it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import tiny_config, tiny_mixture, tiny_settings
+
+from maestrale.checkpoint.reader import open_checkpoint
+from maestrale.errors import MaestraleError, UsageError
+from maestrale.text.tokenizer import load_tokenizer
+from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.train import run
+from maestrale.torch_backend.train.report import read_log
+from maestrale.torch_backend.train.run import train
+
+
+@pytest.fixture
+def settings(corpus, tmp_path):
+    def made(**changes):
+        values = {"train": (f"{corpus}/o*.txt", f"{corpus}/two.txt"), "heldout": f"{corpus}/heldout.txt"}
+        return tiny_settings(**{**values, "out": str(tmp_path / "model"), "log_every": 1, "save_every": 2, **changes})
+
+    return made
+
+
+def weights(folder) -> dict[str, np.ndarray]:
+    with open_checkpoint(folder) as checkpoint:
+        return {name: checkpoint.tensor(name).array.copy() for name in checkpoint.names()}
+
+
+@pytest.mark.parametrize("model", [tiny_config(), tiny_mixture()], ids=["dense", "mixture"])
+def test_the_folder_that_training_writes_opens_and_learnt(settings, model):
+    made = settings(model=model, steps=40, lr=2e-2, heldout_every=10)
+    result = train(made)
+    with open_checkpoint(made.out) as checkpoint:
+        assert checkpoint.config == model
+        assert checkpoint.dtype == "BF16"
+        assert sum(checkpoint.tensor(name).array.size for name in checkpoint.names()) == result.parameters
+    tokenizer = load_tokenizer(made.out, model.vocab_size)
+    text = "A fox  went\n\nhome, na\u00efve \u72d0.\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert result.nats_per_token < np.log(320) - 1  # a twenty-word language is soon known
+    log = read_log(run.Path(made.out + ".run") / "log.jsonl")
+    assert [line["step"] for line in log if "loss" in line] == list(range(1, 41))
+    assert [line["step"] for line in log if "heldout_nats_per_token" in line] == [10, 20, 30, 40]
+    assert (run.Path(made.out + ".run") / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{result.nats_per_token:.4f} nats per token" in (run.Path(made.out) / "README.md").read_text()
+
+
+def test_a_run_stopped_by_ctrl_c_saves_and_goes_on_to_the_same_weights(settings, tmp_path, monkeypatch):
+    whole = settings(out=str(tmp_path / "whole"))
+    train(whole)
+    made, learn, calls = settings(), run.steps.learn, []
+
+    def interrupted(*args):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learn(*args)
+
+    monkeypatch.setattr(run.steps, "learn", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train(made)
+    assert caught.value.code == 130
+    assert not run.Path(made.out).exists()
+    with pytest.raises(UsageError, match="--resume continues it"):
+        train(made)
+    train(made, resume=True)
+    assert len(calls) == 6
+    for name, array in weights(whole.out).items():
+        assert np.array_equal(array, weights(made.out)[name]), name
+    steps = [line["step"] for line in read_log(run.Path(made.out + ".run") / "log.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(settings, monkeypatch):
+    made, learn, calls = settings(), run.steps.learn, []
+
+    def broken(*args):
+        calls.append(0)
+        loss, norm = learn(*args)
+        return (torch.nan, norm) if len(calls) == 4 else (loss, norm)
+
+    monkeypatch.setattr(run.steps, "learn", broken)
+    with pytest.raises(
+        MaestraleError, match=r"step 4: loss nan.*state\.safetensors holds the last good state"
+    ) as caught:
+        train(made)
+    assert caught.value.exit_code == 1
+    assert not run.Path(made.out).exists()
+    model = Transformer(made.model)
+    optimizer = run.steps.new_optimizer(model, made)
+    state = run.Path(made.out + ".run") / "state.safetensors"
+    assert run.load_state(state, model, optimizer, made.to_dict()).step == 2
+
+
+def test_changed_text_is_not_resumed(settings, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n\n".join(f"The fox saw {i} wolves and a queen in her castle." for i in range(300)))
+    made = settings(train=(str(text),))
+    train(made)
+    text.write_text(text.read_text().replace("fox", "ox"))
+    with pytest.raises(UsageError, match="the training text has changed"):
+        train(made, resume=True, force=True)
+
+
+def test_what_is_there_is_not_replaced_without_force(settings):
+    made = settings(steps=1)
+    train(made)
+    with pytest.raises(UsageError, match="exists and is not empty; --force replaces it"):
+        train(made)
+    train(made, force=True)
+
+
+def test_a_second_process_is_refused(settings):
+    made = settings()
+    with run._owned(run.Path(made.out + ".run")), pytest.raises(UsageError, match="another process is training there"):
+        train(made)
+
+
+def test_a_pattern_that_names_no_file_is_refused(settings):
+    with pytest.raises(UsageError, match=r"no-such.*: no such file"):
+        train(settings(train=("no-such*.txt",)))
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused(settings):
+    with pytest.raises(UsageError, match="cannot learn a tokenizer"):
+        train(settings(model=tiny_config(vocab_size=9000)))
+
+
+def test_the_verb_says_what_is_wrong_and_prints_json(settings, tmp_path, corpus, capsys):
+    from maestrale.cli.train import train as verb
+
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: {dim: 16, n_layers: 1, n_heads: 2, hidden_dim: 24, vocab_size: 320, tied_embeddings: true}\n"
+        "steps: 2\nseq_len: 16\nout: nowhere\ndata: {train: [a.txt], heldout: b.txt}\n"
+    )
+    with pytest.raises(UsageError, match="give one of them"):
+        verb(config, resume=True, force=True)
+    out = str(tmp_path / "model")
+    verb(config, data=[f"{corpus}/one.txt"], heldout=f"{corpus}/heldout.txt", out=out, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["out"] == out
+    assert answer["steps"] == 2
