@@ -19,6 +19,12 @@ from maestrale.text.vocabulary import Pieces, Vocabulary
 
 transformers.utils.logging.disable_progress_bar()
 
+CONTROLS = (  # after unk, bos and eos
+    *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    *("[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"),
+    *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
+)
+
 DENSE = ModelConfig(
     dim=32,
     n_layers=2,
@@ -35,6 +41,7 @@ WINDOWED = replace(DENSE, sliding_window=(5, 5))
 MIXED = replace(DENSE, n_layers=3, sliding_window=(None, 5, 5))
 MIXTURE = replace(DENSE, rope_theta=1e6, moe=MoeConfig(num_experts=4, num_experts_per_tok=2))
 TIED = replace(DENSE, tied_embeddings=True, n_kv_heads=1, head_dim=12)
+MODELS = {"dense": DENSE, "windowed": WINDOWED, "mixed": MIXED, "mixture": MIXTURE, "tied": TIED}
 
 
 def hf_model(config: ModelConfig, seed: int = 0, gain: float = 1.5) -> transformers.PreTrainedModel:
@@ -94,17 +101,21 @@ def fill(model: torch.nn.Module, seed: int, gain: float) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def hf_logits(model: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Float32 [T, vocab] from one full forward pass without a cache."""
     return model(torch.tensor([ids]), use_cache=False).logits[0].float()
 
 
-def hf_greedy(model: transformers.PreTrainedModel, ids: list[int], count: int) -> list[int]:
+def hf_greedy(
+    model: transformers.PreTrainedModel, ids: list[int], count: int, banned: tuple[int, ...] = ()
+) -> list[int]:
     """The `count` likeliest next tokens, by a full forward pass for each: `generate` and its cache are not trusted."""
     ids, start = list(ids), len(ids)
     for _ in range(count):
-        ids.append(int(hf_logits(model, ids)[-1].argmax()))
+        logits = hf_logits(model, ids)[-1]
+        logits[list(banned)] = -torch.inf
+        ids.append(int(logits.argmax()))
     return ids[start:]
 
 
@@ -185,7 +196,7 @@ def letters(vocab_size: int = 64) -> Tokenizer:
 def write_tekken(folder: Path) -> int:
     """A tekken.json of single bytes after 32 control tokens; gives its vocabulary's size."""
     size = 256 + 32
-    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<{i}>" for i in range(27))]
+    names = ["<unk>", "<s>", "</s>", *CONTROLS, *(f"<{i}>" for i in range(12))]
     content = {
         "config": {
             "pattern": r"\p{L}+|\s+|[^\s\p{L}]+",

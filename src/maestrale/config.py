@@ -164,7 +164,8 @@ class ModelConfig:
             head_dim=reader.whole("head_dim", _quotient(dim, n_heads)),
             hidden_dim=reader.whole("intermediate_size"),
             n_heads=n_heads,
-            n_kv_heads=reader.whole("num_key_value_heads", 8),
+            # null means one for each query head; where the key is absent, the config class's default is 8
+            n_kv_heads=reader.whole("num_key_value_heads", n_heads if "num_key_value_heads" in config else 8),
             vocab_size=reader.whole("vocab_size"),
             norm_eps=reader.number("rms_norm_eps", 1e-5 if mixture else 1e-6),  # N2: the config class's defaults
             rope_theta=reader.as_number("rope_theta", theta, 1e6 if mixture else 1e4),
@@ -314,7 +315,7 @@ class _Reader:
         return default if value is None else value
 
     def refuse(self, key: str, why: str) -> None:
-        if self.get(key):
+        if self.get(key) not in (None, False):
             raise ConfigError(f"{self.source}: {self.prefix}{key} is set: {why}")
 
     def whole(self, key: str, default: int | None = None) -> int:

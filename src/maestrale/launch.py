@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from maestrale.checkpoint.dtypes import byte_count
+from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
 from maestrale.engine.engine import Engine
 from maestrale.engine.layout import make_layout
-from maestrale.errors import CheckpointError, UsageError
-from maestrale.memory import available_memory
+from maestrale.errors import CheckpointError, MemoryLimitError, UsageError
+from maestrale.memory import available_memory, cache_budget
 from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "models"
 DEFAULT_MODEL = BUNDLED / "stories"
-
-_DTYPES = {"float32": "F32", "fp32": "F32", "bfloat16": "BF16", "bf16": "BF16", "float16": "F16", "fp16": "F16"}
-_CACHE_SHARE = 0.5  # of the memory that is left beside the weights; the rest is for activations and other programs
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,21 @@ def launch(
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
         device = _device(options.device)
         wanted = "bfloat16" if options.weights == "bf16" else options.dtype
-        dtype = checkpoint.dtype if wanted == "auto" else _DTYPES[wanted]
+        dtype = read_dtype(wanted, checkpoint.dtype)
         max_chunk = options.max_batch_tokens or (512 if device == "cpu" else 8192)
+        memory, weight_bytes = _memory(device), _weight_bytes(checkpoint, dtype)
+        if weight_bytes > memory:
+            raise MemoryLimitError(
+                f"{checkpoint.folder}: the weights take {weight_bytes / 2**30:.1f} GiB as {dtype}, "
+                f"{memory / 2**30:.1f} GiB are to be had on {device}"
+            )
         layout = make_layout(
             config,
             max_len=options.max_len,
             max_chunk=max_chunk,
             max_sequences=options.max_sequences,
             element_bytes=byte_count(dtype, (1,)),
-            budget=int(_CACHE_SHARE * (_memory(device) - _weight_bytes(checkpoint, dtype))),
+            budget=cache_budget(memory, weight_bytes),
         )
         from maestrale.torch_backend.runner import open_runner
 
@@ -79,8 +82,7 @@ def launch(
 
 
 def _check(options: Options) -> None:
-    if options.dtype != "auto" and options.dtype not in _DTYPES:
-        raise UsageError(f"dtype {options.dtype!r}: expected auto, {', '.join(_DTYPES)}")
+    read_dtype(options.dtype, "")  # a word that it cannot read is refused before anything is opened
     if options.weights not in ("auto", "bf16"):
         raise UsageError(f"weights {options.weights!r}: expected auto or bf16")
     if options.weights == "bf16" and options.dtype not in ("auto", "bfloat16", "bf16"):

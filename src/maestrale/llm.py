@@ -74,15 +74,19 @@ class LLM:
         return self._launched.tokenizer
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Completion]:
         """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt.
 
         Returns the completions in the order of the prompts, n for each. RequestError for a request that cannot be
-        served; then none is.
+        served; then none is. `progress` is called with (tokens known to be done, most there can be), prompts included.
         """
         requests = self._submit(*_pair(prompts, params))
-        for _ in self._run(requests):
+        for _ in self._run(requests, progress):
             pass
         return [completion for request in requests for completion in _ordered(request)]
 
@@ -138,12 +142,15 @@ class LLM:
             raise
         return requests
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[Request, Completion]]:
+    def _run(
+        self, requests: list[Request], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[tuple[Request, Completion]]:
         """Steps until all of `requests` have ended; however it is left, none of them stays in the engine.
 
         Several of these may run in turns (two streams read alternately): a step's news go to whom they belong.
         """
         self._news.update((request, deque()) for request in requests)
+        total = sum(request.length_limit for request in requests)
         try:
             while True:
                 for request in requests:
@@ -155,6 +162,7 @@ class LLM:
                     return
                 for request, piece in self._engine.step():
                     self._news[request].append(piece)
+                progress(sum(request.done for request in requests), total)
         finally:
             self._abort(requests)
             for request in requests:

@@ -1,8 +1,15 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take, and how much of it is for the cache."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+_CACHE_SHARE = 0.5  # of the memory that is left beside the weights; the rest is for activations and other programs
+
+
+def cache_budget(available: int, weight_bytes: int) -> int:
+    """Bytes that a model with `weight_bytes` of weights may use for its cache; 0 where not even the weights fit."""
+    return max(0, int(_CACHE_SHARE * (available - weight_bytes)))
 
 
 def available_memory() -> int:

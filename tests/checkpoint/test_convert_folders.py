@@ -70,7 +70,7 @@ def test_large_models_are_cut_into_shards_that_transformers_loads(tmp_path, hf_f
     assert torch.equal(logits_of(tmp_path / "hf", "bfloat16"), logits_of(source, "bfloat16"))
 
 
-@pytest.mark.parametrize(("dtype", "name"), [("float32", "F32"), ("BF16", "BF16"), ("float16", "F16")])
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "F32"), ("bf16", "BF16"), ("float16", "F16")])
 def test_a_dtype_is_stated_in_the_folder_and_equals_torchs_cast(tmp_path, hf_folders, dtype, name):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file as load_torch
@@ -175,7 +175,7 @@ def test_fault_34_output_in_the_way_or_the_input_itself(tmp_path, native_folder,
 def test_wrong_options_are_named(tmp_path, native_folder, refused):
     with refused(UsageError, 2, "to = 'onnx'", "native or hf"):
         convert(native_folder(), tmp_path / "out", to="onnx")
-    with refused(UsageError, 2, "dtype = 'int8'", "bfloat16, float16, float32"):
+    with refused(UsageError, 2, "dtype 'int8'", "bfloat16, float16, float32"):
         convert(tmp_path / "native", tmp_path / "out", dtype="int8")
 
 

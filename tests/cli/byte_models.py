@@ -1,10 +1,8 @@
 """Tiny models of bytes (each byte a token, after 32 control tokens), and what a run of the command line gives."""
 
-import json
 import os
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 
 from tiny import DENSE, MIXED, WINDOWED
 
@@ -29,12 +27,3 @@ def byte_text(ids: list[int]) -> str:
     """The text of ids; a control token shows nothing and ends an unfinished character."""
     runs = groupby(ids, key=lambda i: i >= 32)
     return "".join(bytes(i - 32 for i in run).decode(errors="replace") for shown, run in runs if shown)
-
-
-def add_chat_controls(folder: Path) -> None:
-    """Gives the tekken.json of tiny.write_tekken the control tokens of chats."""
-    content = json.loads((folder / "tekken.json").read_text())
-    names = ["[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"]
-    for i, name in enumerate([*names, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"], 5):
-        content["special_tokens"][i]["token_str"] = name
-    (folder / "tekken.json").write_text(json.dumps(content))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from byte_models import CONFIGS, ENVIRONMENT, Run, add_chat_controls
+from byte_models import CONFIGS, ENVIRONMENT, Run
 from tiny import hf_model, make_folder, write_tekken
 
 
@@ -20,7 +20,6 @@ def models(tmp_path_factory) -> dict[str, Path]:
     folders = {name: make_folder(root / name, config) for name, config in CONFIGS.items()}
     for folder in folders.values():
         write_tekken(folder)
-        add_chat_controls(folder)
     return folders
 
 

@@ -99,6 +99,7 @@ def test_a_bad_model_is_one_line_and_code_3_before_torch_is_even_imported(models
         (["--dtype", "int3"], ["int3", "bfloat16"]),
         (["--backend", "abacus"], ["abacus"]),
         (["--device", "abacus"], ["abacus"]),
+        (["--device", "cuda:77"], ["cuda:77"]),
         (["--max-len", "0"], ["max_len = 0"]),
         (["--prompts", "/nowhere/prompts.txt"], ["/nowhere/prompts.txt"]),
     ],

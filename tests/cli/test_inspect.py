@@ -81,7 +81,7 @@ def test_a_window_of_4096_keeps_512_mib_where_32k_tokens_would_take_4_gib(comman
 def test_the_longest_context_is_what_memory_has_left(command, tmp_path, monkeypatch):
     write_hollow(tmp_path, V03)
     weights = 2 * 7_248_023_552
-    monkeypatch.setattr("maestrale.memory.available_memory", lambda: weights + 131_072 * 5000 + 131_071)
+    monkeypatch.setattr("maestrale.memory.available_memory", lambda: weights + 2 * 131_072 * 5000 + 131_071)
     facts = facts_of(command, tmp_path)
     assert facts["cache"]["longest_context"] == 5000
     assert facts["memory"]["fits"] is False
@@ -93,7 +93,7 @@ def test_the_longest_context_is_what_memory_has_left(command, tmp_path, monkeypa
 
 def test_with_windows_in_all_layers_any_length_fits(command, tmp_path, monkeypatch):
     write_hollow(tmp_path, V01)
-    monkeypatch.setattr("maestrale.memory.available_memory", lambda: 2 * 7_241_732_096 + 512 * MIB)
+    monkeypatch.setattr("maestrale.memory.available_memory", lambda: 2 * 7_241_732_096 + 2 * 512 * MIB)
     assert facts_of(command, tmp_path)["cache"]["longest_context"] is None
     assert "any" in command("inspect", tmp_path).out
 

@@ -59,7 +59,7 @@ def test_version(command):
     ("args", "words"),
     [
         (["dance"], ["dance", "maestrale --help"]),
-        (["generat"], ["generat", "generate"]),
+        (["generat"], ["generat", "maestrale --help"]),
         (["generate", "--max-tokenz", "3"], ["--max-tokenz", "maestrale generate --help"]),
         (["generate", "--max-tokens", "many"], ["--max-tokens"]),
         (["convert", "a", "b"], ["--to"]),

@@ -1,8 +1,6 @@
 import pytest
 from backends import BACKENDS
-from tiny import DENSE, MIXED, MIXTURE, TIED, WINDOWED, hf_model, native_weights, write_native
-
-MODELS = {"dense": DENSE, "windowed": WINDOWED, "mixed": MIXED, "mixture": MIXTURE, "tied": TIED}
+from tiny import MODELS, hf_model, native_weights, write_native
 
 
 @pytest.fixture(params=BACKENDS)

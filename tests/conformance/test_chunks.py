@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from backends import open_engine, run
-from conftest import MODELS
-from tiny import hf_greedy, letters, tokens
+from tiny import MODELS, hf_greedy, letters, tokens
 
 from maestrale import LLM, one_file
 from maestrale.sampling.params import SamplingParams
@@ -45,7 +44,9 @@ def test_logits_are_the_same_for_every_chunk_size_in_a_batch_of_mixed_lengths(na
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("budget", [1, 2, 7, 12, 63])
-def test_logits_are_the_same_for_every_budget_and_over_several_wraps_of_the_ring(name, built, expected, backend, budget):
+def test_logits_are_the_same_for_every_budget_and_over_several_wraps_of_the_ring(
+    name, built, expected, backend, budget
+):
     for page_size in (1, 3, 16):
         engine = open_engine(built(name)[1], backend, page_size=page_size, max_chunk=budget, max_len=64)
         requests = [engine.submit(ids, SamplingParams(max_tokens=0), keep_logits=True) for ids in prompts()]
@@ -91,7 +92,10 @@ def test_forks_draws_and_beams_are_the_same_alone_and_preempted(name, params, bu
     longest = 15 + 20 if name != "windowed" else 5 + 12 - 1  # positions that a sequence keeps, at a page each
 
     def texts(batches, **layout):
-        engine, found = open_engine(built(name)[1], backend, letters(), page_size=1, max_len=40, max_sequences=32, **layout), []
+        engine, found = (
+            open_engine(built(name)[1], backend, letters(), page_size=1, max_len=40, max_sequences=32, **layout),
+            [],
+        )
         for batch in batches:
             requests = [engine.submit(ids, params) for ids in batch]
             run(engine)

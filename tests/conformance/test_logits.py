@@ -25,7 +25,10 @@ def models(draw):
         moe = MoeConfig(experts, draw(st.integers(1, experts)))
     windows = [window] * n_layers
     if moe is None and window is not None:
-        windows = [window if sliding else None for sliding in draw(st.lists(st.booleans(), min_size=n_layers, max_size=n_layers))]
+        windows = [
+            window if sliding else None
+            for sliding in draw(st.lists(st.booleans(), min_size=n_layers, max_size=n_layers))
+        ]
     return ModelConfig(
         dim=8 * draw(st.integers(1, 6)),
         n_layers=n_layers,

@@ -82,6 +82,23 @@ def test_a_stop_string_over_token_borders_stops_and_is_not_shown(written, stop, 
     assert len(completion.token_ids) == count
 
 
+def test_before_min_tokens_a_stop_string_is_text_like_any_other():
+    engine = make_engine(letters(), rule=spell(2, {1: [*ids("NO NO NO"), EOS]}))
+    request = engine.submit([1, 40], greedy(20, stop="NO", min_tokens=3))
+    run(engine)
+    (completion,) = request.completions
+    assert (completion.text, completion.finish_reason) == ("NO ", "stop")
+
+
+def test_the_last_piece_of_a_stream_carries_the_prompts_logprobs():
+    engine = make_engine()
+    request = engine.submit([3, 4, 5], greedy(3, prompt_logprobs=1))
+    pieces = [piece for _, piece in run(engine)]
+    assert [piece.prompt_logprobs for piece in pieces[:-1]] == [None, None]
+    assert pieces[-1].prompt_logprobs == request.completions[0].prompt_logprobs
+    assert len(pieces[-1].prompt_logprobs) == 3
+
+
 def test_text_comes_in_pieces_and_a_character_when_its_bytes_are_there():
     engine = make_engine(letters(), rule=spell(2, {1: [*ids("A"), 62, 63, *ids("B"), EOS]}))
     request = engine.submit([1, 40], greedy(20))
@@ -155,9 +172,8 @@ def test_pieces_add_up_to_the_completion():
     pieces = run(engine)
     for completion in request.completions:
         mine = [piece for _, piece in pieces if piece.index == completion.index]
-        assert sum((piece.token_ids for piece in mine), []) == completion.token_ids
-        assert sum((piece.logprobs for piece in mine), []) == completion.logprobs
-        assert sum((piece.top_logprobs for piece in mine), []) == completion.top_logprobs
+        for name in ("token_ids", "logprobs", "top_logprobs"):
+            assert [x for piece in mine for x in getattr(piece, name)] == getattr(completion, name)
         assert "".join(piece.text for piece in mine) == completion.text
         assert [piece.finish_reason for piece in mine] == [None] * 7 + ["length"]
 
@@ -183,7 +199,7 @@ def test_a_seeded_text_depends_on_nothing_else_that_runs(more, layout):
     together, preemptions = texts(prompts, **layout)
     assert together == alone
     assert alone[0] == alone[3]
-    assert len({str(tokens) for tokens in alone[0]}) == more.get("n", 1)
+    assert len({str(ids) for _, ids in alone[0]}) == more.get("n", 1)
     assert preemptions == 0 or "pages" in layout
 
 
@@ -212,6 +228,20 @@ def test_n_computes_the_prompt_once_and_shares_its_pages():
     assert engine.runner.steps[1].copies == 7
 
 
+def test_penalties_count_what_was_generated():
+    logits = np.full(VOCAB, -20, np.float32)
+    logits[[7, 8, 9]] = 5, 4.6, 3
+    expected, counts = [], np.zeros(VOCAB)
+    for _ in range(12):
+        expected.append(int((logits - counts - 0.5 * (counts > 0)).argmax()))
+        counts[expected[-1]] += 1
+    assert {7, 8, 9} == set(expected)
+    engine = make_engine(rule=lambda seen, position: logits)
+    request = engine.submit([9, 9, 9], greedy(12, frequency_penalty=1.0, presence_penalty=0.5))
+    run(engine)
+    assert request.completions[0].token_ids == expected
+
+
 def test_without_a_seed_two_requests_differ():
     engine = make_engine()
     requests = [engine.submit([3, 4], sampled(None)) for _ in range(2)]
@@ -234,7 +264,9 @@ def true_beams(prompt, width, max_tokens, windows):
 
 @settings(max_examples=25)
 @given(
-    st.lists(st.tuples(st.lists(st.integers(3, 60), min_size=1, max_size=7), st.integers(2, 4)), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.lists(st.integers(3, 60), min_size=1, max_size=7), st.integers(2, 4)), min_size=1, max_size=4
+    ),
     st.sampled_from([(None,), (3,), (None, 2)]),
     st.integers(4, 16),
     st.sampled_from([48, 400]),
@@ -260,7 +292,9 @@ def test_preempted_beams_find_the_same(budget, chunk_size):
     run(engine)
     assert engine.scheduler.preemptions > 0
     for prompt, request in zip(prompts, requests, strict=True):
-        assert [c.token_ids for c in request.completions] == [list(h.token_ids) for h in true_beams(prompt, 3, 8, (None,))]
+        assert [c.token_ids for c in request.completions] == [
+            list(h.token_ids) for h in true_beams(prompt, 3, 8, (None,))
+        ]
 
 
 # Errors

@@ -1,4 +1,4 @@
-"""The books of the cache against a plain model of it: dictionaries of positions, and one array of slots for contents."""
+"""The books of the cache against a plain model of it: lists of what was written, and an array of slots for contents."""
 
 import copy
 from collections import Counter

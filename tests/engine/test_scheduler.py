@@ -80,6 +80,14 @@ def test_sequences_that_need_one_token_come_before_prompts():
         assert step.names == [3, 4]
 
 
+def test_an_older_prompt_in_small_chunks_does_not_hold_up_forks():
+    engine = make_engine(max_chunk=4)
+    engine.submit([9] * 30, greedy(1), chunk_size=3)
+    engine.submit([3], greedy(5, n=3))
+    run(engine)
+    assert [(s.names, s.counts) for s in engine.runner.steps[:2]] == [([9, 3], [3, 1]), ([3, 3, 3, 9], [1, 1, 1, 1])]
+
+
 def test_prompts_share_a_step_in_order_of_arrival():
     engine = make_engine(max_chunk=8)
     for first, length in ((3, 5), (4, 5), (5, 5)):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maestrale.checkpoint import hf, mistral
-from maestrale.checkpoint.dtypes import STORAGE, WEIGHT_DTYPES, StoredTensor, byte_count, cast, is_finite
+from maestrale.checkpoint.dtypes import STORAGE, TORCH_NAMES, StoredTensor, byte_count, cast, is_finite, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.checkpoint.writer import (
     Progress,
@@ -26,34 +26,31 @@ COMPANIONS = re.compile(  # files beside the weights that a model needs to be of
     r"tokenizer\.model.*|tekken\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
     r"|generation_config\.json|chat_template.*"
 )
-_HF_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     to: str = "native",
-    dtype: str | None = None,
+    dtype: str = "auto",
     force: bool = False,
     ignore_unexpected: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Writes the model in folder `src` to folder `dst`, as "native" or "hf", with its tokenizer's files.
 
-    dtype: of all weights, "BF16", "F16" or "F32", or as torch spells them; None keeps each tensor's own.
+    dtype: of all weights, as `read_dtype` reads it; "auto" keeps each tensor's own.
     progress(bytes done, bytes in all) is called after each tensor.
     Errors: UsageError for a wrong option or an output that is in the way, CheckpointError for a damaged source or
     weights with NaN or Inf, DiskError for the disk. `dst` is written whole or not at all; `src` is only read.
     """
     if to not in ("native", "hf"):
         raise UsageError(f"to = {to!r}: expected native or hf")
-    dtype = {spelled: name for name, spelled in _HF_DTYPES.items()}.get(dtype or "", dtype)
-    if dtype is not None and dtype not in WEIGHT_DTYPES:
-        raise UsageError(f"dtype = {dtype!r}: expected one of {', '.join(_HF_DTYPES.values())}")
+    wanted = None if dtype == "auto" else read_dtype(dtype, "")
     if os.path.realpath(src) == os.path.realpath(dst):
         raise UsageError(f"{dst}: is the source too; name another folder for the output")
     with open_checkpoint(src, ignore_unexpected) as source, atomic_folder(dst, force) as partial:
-        _Conversion(source, to, dtype, progress).write(partial)
+        _Conversion(source, to, wanted, progress).write(partial)
         source.verify_unchanged()
 
 
@@ -76,7 +73,7 @@ class _Conversion:
             write_json(folder / mistral.CONFIG, self.source.config.to_mistral())
             self._write_file(folder / mistral.WEIGHTS, list(self.shapes))
         else:
-            write_json(folder / hf.CONFIG, self.source.config.to_hf(_HF_DTYPES[self.main_dtype]))
+            write_json(folder / hf.CONFIG, self.source.config.to_hf(TORCH_NAMES[self.main_dtype]))
             self._write_hf_weights(folder)
         if self.bad:
             raise CheckpointError(

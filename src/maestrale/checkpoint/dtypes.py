@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from maestrale.errors import CheckpointError
+from maestrale.errors import CheckpointError, UsageError
 
 # The safetensors names of dtypes that fill whole bytes → the numpy dtype that holds one element's bits.
 STORAGE = {
@@ -34,6 +34,12 @@ STORAGE = {
     "U64": np.dtype("<u8"),
 }
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_SPELLINGS = {torch_name: name for name, torch_name in TORCH_NAMES.items()} | {
+    "bf16": "BF16",
+    "fp16": "F16",
+    "fp32": "F32",
+}
 _CHUNK = 1 << 22  # elements cast at once, so that the temporaries of a cast stay under 64 MB
 
 
@@ -55,6 +61,13 @@ class StoredTensor:
     def array(self) -> NDArray:
         """The elements [*shape], a view; of `STORAGE[dtype]`, so uint16 patterns for BF16."""
         return self.data.view(STORAGE[self.dtype]).reshape(self.shape)
+
+
+def read_dtype(word: str, auto: str) -> str:
+    """A weight dtype as people spell it (float32, bf16 …) → its safetensors name; "auto" → `auto`."""
+    if word != "auto" and word not in _SPELLINGS:
+        raise UsageError(f"dtype {word!r}: expected auto, {', '.join(_SPELLINGS)}")
+    return auto if word == "auto" else _SPELLINGS[word]
 
 
 def byte_count(dtype: str, shape: tuple[int, ...]) -> int:

@@ -1,5 +1,293 @@
-"""Placeholder until `maestrale bench` is written."""
+"""`maestrale bench`: how fast a model runs here, and what share of the machine's limits that is."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from maestrale.cli import options as opt
+from maestrale.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from maestrale.batch import Batch, CacheLayout, Runner, StepOutput
+    from maestrale.config import ModelConfig
+    from maestrale.launch import Launched
+    from maestrale.torch_backend.runner import TorchRunner
+
+CONTEXT = 128  # tokens of each sequence before its decoding is measured
+_LARGEST_BATCH = 256  # pre-fill of that many still goes on beside decoding in steps of 512 tokens
 
 
-def bench() -> None:
-    """Measure speed."""
+def bench(
+    path: opt.Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose pre-fill is measured.")] = 512,
+    decode_tokens: Annotated[int, typer.Option(help="Steps of decoding in one measurement.")] = 32,
+    batch: Annotated[str, typer.Option(help="Sequences decoded at once, one measurement for each.")] = "1,8,16",
+    repeats: Annotated[int, typer.Option(help="Measurements of each kind, after one that warms up.")] = 5,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    backend: opt.Backend = "auto",
+    json: opt.Json = False,
+) -> None:
+    """Measure pre-fill, decoding and memory, and the share reached of what the machine can do.
+
+    Decoding starts after 128 tokens of each sequence. The last line is JSON; with --json it is the only one.
+    """
+    sizes = read_sizes(batch)
+    for name, value in (("prompt-tokens", prompt_tokens), ("decode-tokens", decode_tokens), ("repeats", repeats)):
+        if value < 1:
+            raise UsageError(f"--{name} {value}: expected a whole number of at least 1")
+    start = time.perf_counter()
+    with opt.progress_line("loading") as progress:
+        stand = Stand(path, prompt_tokens, decode_tokens, sizes, progress, dtype, device, backend)
+    facts: dict[str, Any] = {
+        "path": str(path) if path else None,
+        "dtype": str(stand.dtype).removeprefix("torch."),
+        "device": str(stand.device),
+        "load_seconds": time.perf_counter() - start,
+        "prompt_tokens": prompt_tokens,
+        "context_tokens": CONTEXT,
+        "decode_tokens": decode_tokens,
+    }
+    with opt.progress_line("measuring") as progress:
+        facts |= _measure(stand, sizes, repeats, progress)
+    facts["peak_memory_bytes"] = peak_memory()  # before the limits are measured, which takes memory too
+    facts["limits"] = limits = machine_limits(stand.device, stand.dtype)
+    facts |= shares(stand.config, stand.dtype.itemsize, facts, limits)
+    if not json:
+        _show(facts)
+    print(jsonlib.dumps(facts))
+
+
+def read_sizes(text: str) -> list[int]:
+    """ "1,8,16" → [1, 8, 16]; UsageError for anything else."""
+    try:
+        sizes = [int(word) for word in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or not all(1 <= size <= _LARGEST_BATCH for size in sizes):
+        raise UsageError(f"--batch {text}: expected whole numbers from 1 to {_LARGEST_BATCH}, as in 1,8,16")
+    return list(dict.fromkeys(sizes))
+
+
+class TimedRunner:
+    """A Runner that adds up the seconds spent in it."""
+
+    def __init__(self, runner: Runner):
+        self.runner, self.seconds = runner, 0.0
+
+    @property
+    def layout(self) -> CacheLayout:
+        return self.runner.layout
+
+    def step(self, batch: Batch) -> StepOutput:
+        start = time.perf_counter()
+        output = self.runner.step(batch)
+        self.seconds += time.perf_counter() - start
+        return output
+
+
+class Stand:
+    """A model on the test stand: an engine whose steps are timed, with a cache just large enough."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        prompt_tokens: int,
+        decode_tokens: int,
+        sizes: Sequence[int],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        dtype: str = "auto",
+        device: str = "auto",
+        backend: str = "auto",
+    ):
+        from maestrale.launch import Options, launch
+
+        self.prompt_tokens, self.decode_tokens = prompt_tokens, decode_tokens
+        # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.
+        self.slack = 2 * max(sizes) + 1
+        longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
+        options = Options(dtype, "auto", device, backend, max_len=longest, max_sequences=max(sizes))
+        launched: Launched = launch(path, options, progress=progress)
+        self.config, self.engine = launched.config, launched.engine
+        cache = cast("TorchRunner", self.engine.runner).cache
+        self.dtype: torch.dtype = cache.dtype
+        self.device: torch.device = cache.device
+        self.runner = self.engine.runner = TimedRunner(self.engine.runner)
+
+    def prefill(self) -> float:
+        """Seconds from a prompt of `prompt_tokens` to the token after it."""
+        request = self._submit(self.prompt_tokens, 0, 1)
+        start = time.perf_counter()
+        while not request.finished:
+            self.engine.step()
+        return time.perf_counter() - start
+
+    def decode(self, size: int) -> tuple[float, float]:
+        """`decode_tokens` steps of `size` sequences: (seconds of a step, seconds of it spent outside the runner)."""
+        requests = [self._submit(CONTEXT, i, self.decode_tokens + self.slack) for i in range(size)]
+        while any(request.sequences[0].generated == 0 for request in requests):
+            self.engine.step()
+        self.runner.seconds = 0.0
+        start = time.perf_counter()
+        for _ in range(self.decode_tokens):
+            self.engine.step()
+        seconds = time.perf_counter() - start
+        for request in requests:
+            self.engine.abort(request)
+        return seconds / self.decode_tokens, (seconds - self.runner.seconds) / self.decode_tokens
+
+    def _submit(self, length: int, seed: int, max_tokens: int) -> Any:
+        from maestrale.sampling.params import SamplingParams
+
+        params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+        return self.engine.submit(prompt(self.config.vocab_size, length, seed), params)
+
+
+def prompt(vocab_size: int, length: int, seed: int) -> list[int]:
+    """Random token ids, the same for the same arguments."""
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(vocab_size, size=length).tolist()
+
+
+def _measure(
+    stand: Stand, sizes: Sequence[int], repeats: int, progress: Callable[[int, int], None]
+) -> dict[str, dict[str, Any]]:
+    """Warms up, then measures each kind in turn, again and again, so that a slow moment of the machine hits all."""
+    prefills: list[float] = []
+    decodes: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    for done in range(repeats + 1):
+        prefills.append(stand.prefill())
+        for size in sizes:
+            decodes[size].append(stand.decode(size))
+        progress(done + 1, repeats + 1)
+    return {
+        "prefill": rates([stand.prompt_tokens / seconds for seconds in prefills[1:]]),
+        "decode": {
+            str(size): {
+                **rates([size / step for step, _ in pairs[1:]]),
+                "engine_ms_per_step": 1e3 * median(engine for _, engine in pairs[1:]),
+            }
+            for size, pairs in decodes.items()
+        },
+    }
+
+
+def rates(values: Sequence[float]) -> dict[str, float]:
+    """Tokens a second: the median of repeats, and between what they lie."""
+    return {"tokens_per_second": median(values), "lowest": min(values), "highest": max(values)}
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory this process has held at once, mapped weights included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """The best of several runs: bytes read a second from 512 MiB of memory, and operations a second of a matrix
+    product in `dtype` (a multiplication and an addition are two)."""
+    import torch
+
+    def best(run: Callable[[], torch.Tensor], work: float) -> float:
+        def seconds() -> float:
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return time.perf_counter() - start
+
+        return work / min(seconds() for _ in range(8))
+
+    memory = torch.ones(1 << 27, device=device)
+    extent = 2048 if device.type == "cpu" else 8192
+    matrix = torch.ones(extent, extent, dtype=dtype, device=device)
+    return {
+        "read_bytes_per_second": best(memory.sum, memory.nbytes),
+        "matmul_operations_per_second": best(lambda: matrix @ matrix.T, 2 * extent**3),
+    }
+
+
+def shares(
+    config: ModelConfig, element_bytes: int, facts: dict[str, Any], limits: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
+    work = prefill_operations(config, facts["prompt_tokens"])
+    rate = facts["prefill"]["tokens_per_second"] / facts["prompt_tokens"] * work
+    prefill = {"operations": work, "share_of_limit": rate / limits["matmul_operations_per_second"]}
+    decode = {}
+    for size, found in facts["decode"].items():
+        read = step_bytes(config, int(size), CONTEXT + facts["decode_tokens"] // 2, element_bytes)
+        rate = found["tokens_per_second"] / int(size) * read
+        decode[size] = {**found, "bytes_per_step": read, "share_of_limit": rate / limits["read_bytes_per_second"]}
+    return {"prefill": facts["prefill"] | prefill, "decode": decode}
+
+
+def prefill_operations(config: ModelConfig, length: int) -> int:
+    """Additions and multiplications of a prompt: two for each weight a token meets, the output layer once, and two
+    products for each visible pair of query and key."""
+    from maestrale.plan import count_parameters
+
+    _, active = count_parameters(config)
+    tables = config.vocab_size * config.dim
+    weights = 2 * length * (active - tables * (1 if config.tied_embeddings else 2)) + 2 * tables
+    pairs = sum(sum(min(i + 1, window or length) for i in range(length)) for window in config.sliding_window)
+    return weights + 4 * pairs * config.n_heads * config.head_dim
+
+
+def step_bytes(config: ModelConfig, size: int, length: int, element_bytes: int) -> int:
+    """Bytes that a decode step of `size` sequences of `length` tokens must read: weights and cache.
+
+    Of a mixture's E experts, those that an even router would choose for so many tokens: E * (1 - (1 - K / E)^size).
+    """
+    from maestrale.plan import cache_bytes, tensor_plan
+
+    weights = 0.0
+    for name, planned in tensor_plan(config).items():
+        if name == "tok_embeddings.weight" and not config.tied_embeddings:
+            continue  # a row for each sequence: nothing
+        chosen = 1.0
+        if config.moe and ".experts." in name:
+            chosen -= (1 - config.moe.num_experts_per_tok / config.moe.num_experts) ** size
+        weights += chosen * planned.size * element_bytes
+    return round(weights) + size * cache_bytes(config, length, element_bytes)
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "tokens/s", "lowest … highest", "of limit", "engine ms/step", box=SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = [(f"pre-fill, {facts['prompt_tokens']} tokens", facts["prefill"])]
+    rows += [(f"decode, {size} at once", found) for size, found in facts["decode"].items()]
+    for name, found in rows:
+        table.add_row(
+            name,
+            f"{found['tokens_per_second']:,.1f}",
+            f"{found['lowest']:,.1f} … {found['highest']:,.1f}",
+            f"{found['share_of_limit']:.0%}",
+            f"{found['engine_ms_per_step']:.2f}" if "engine_ms_per_step" in found else "",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    limits = facts["limits"]
+    console.print(
+        f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s in {facts['dtype']} (pre-fill), "
+        f"{limits['read_bytes_per_second'] / 1e9:,.1f} GB/s read (decode)"
+    )
+    console.print(
+        f"loaded in {facts['load_seconds']:.1f} s; peak memory {opt.readable_bytes(facts['peak_memory_bytes'])}"
+    )

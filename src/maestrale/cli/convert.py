@@ -35,6 +35,6 @@ def convert(
             tensors, written = tensors + 1, done
             show(done, total)
 
-        conversion.convert(src, dst, to, None if dtype == "auto" else dtype, force, ignore_unexpected, progress)
+        conversion.convert(src, dst, to, dtype, force, ignore_unexpected, progress)
     seconds = time.perf_counter() - start
     print(f"{dst}: {tensors} tensors, {opt.readable_bytes(written)}, {seconds:.1f} s")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _LONGEST = (1 << 31) - 1  # positions that the engine counts to
 _MOST_NATS = 700  # whose perplexity is still a float
-_GROUP = 4096  # tokens read between two looks at the progress
 
 
 @dataclass(frozen=True)
@@ -125,27 +124,14 @@ def score(llm: LLM, segments: list[Segment]) -> list[float]:
     from maestrale.sampling.params import SamplingParams
 
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-    logprobs: list[float] = []
-    total, done = sum(len(segment.ids) for segment in segments), 0
     with opt.progress_line("reading") as progress:
-        for group in _groups(segments):
-            for segment, answer in zip(group, llm.generate([s.ids for s in group], params), strict=True):
-                logprobs += [p for p in (answer.prompt_logprobs or [])[segment.given :] if p is not None]
-                done += len(segment.ids)
-                progress(done, total)
-    return logprobs
-
-
-def _groups(segments: list[Segment]) -> Iterator[list[Segment]]:
-    """Segments that are read in one batch: enough of them to fill its steps."""
-    group: list[Segment] = []
-    for segment in segments:
-        group.append(segment)
-        if sum(len(s.ids) for s in group) >= _GROUP:
-            yield group
-            group = []
-    if group:
-        yield group
+        answers = llm.generate([segment.ids for segment in segments], params, progress=progress)
+    return [
+        logprob
+        for segment, answer in zip(segments, answers, strict=True)
+        for logprob in (answer.prompt_logprobs or [])[segment.given :]
+        if logprob is not None
+    ]
 
 
 def _has_window_everywhere(model: Path | None, ignore_unexpected: bool) -> bool:

@@ -112,7 +112,8 @@ def generate(
             before = ""
         print()
         return
-    completions = llm.generate(texts, params)
+    with opt.progress_line("generating") as progress:
+        completions = llm.generate(texts, params, progress=progress)
     for i, completion in enumerate(completions):
         if json:
             print(jsonlib.dumps(as_json(texts[i // n], completion), ensure_ascii=False))

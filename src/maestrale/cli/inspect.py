@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from maestrale.checkpoint.reader import Checkpoint
     from maestrale.config import ModelConfig
 
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LONGEST = (1 << 31) - 1  # positions that the engine counts to
 _CONTEXT = 32768  # where neither --length nor the folder says
 
@@ -41,16 +40,15 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show a model's architecture, parameters, memory and tokenizer; only headers are read."""
+    from maestrale.checkpoint.dtypes import read_dtype
     from maestrale.checkpoint.reader import check_finite, open_checkpoint
     from maestrale.launch import DEFAULT_MODEL
 
     for name, value in (("length", length), ("batch", batch)):
         if value is not None and not 0 < value <= _LONGEST:
             raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise UsageError(f"--dtype {dtype}: expected auto, {', '.join(_DTYPES)}")
     with open_checkpoint(path or DEFAULT_MODEL, ignore_unexpected) as checkpoint:
-        facts = describe(checkpoint, length, batch, _DTYPES.get(dtype, checkpoint.dtype))
+        facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype))
         if check_tensors:
             facts["bad_tensors"] = check_finite(checkpoint)
     if as_json:
@@ -64,11 +62,11 @@ def inspect(
 def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str) -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes, lengths in tokens.
 
-    cache.longest_context: the most tokens of each of `batch` sequences whose cache fits beside the weights; null
-    where any length does, which windows in all layers make possible.
+    cache.longest_context: the most tokens of each of `batch` sequences that fit memory.cache_budget; null where any
+    length does, which windows in all layers make possible.
     """
     from maestrale.checkpoint.dtypes import byte_count
-    from maestrale.memory import available_memory
+    from maestrale.memory import available_memory, cache_budget
     from maestrale.plan import cache_bytes, count_parameters, tensor_plan
 
     config = checkpoint.config
@@ -78,12 +76,11 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     element_bytes = byte_count(dtype, (1,))
     total, active = count_parameters(config)
     weight_bytes, memory = total * element_bytes, available_memory()
+    budget = cache_budget(memory, weight_bytes)
     length = length or config.max_position_embeddings or _CONTEXT
     unwindowed = replace(config, sliding_window=(None,) * config.n_layers)
     cache = batch * cache_bytes(config, length, element_bytes)
-    longest = bisect_right(
-        range(_LONGEST + 1), memory - weight_bytes, key=lambda n: batch * cache_bytes(config, n, element_bytes)
-    )
+    longest = bisect_right(range(_LONGEST + 1), budget, key=lambda n: batch * cache_bytes(config, n, element_bytes))
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -99,7 +96,7 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
             "bytes_without_windows": batch * cache_bytes(unwindowed, length, element_bytes),
             "longest_context": None if longest > _LONGEST else max(longest - 1, 0),
         },
-        "memory": {"needed": weight_bytes + cache, "available": memory, "fits": weight_bytes + cache <= memory},
+        "memory": {"available": memory, "cache_budget": budget, "fits": weight_bytes <= memory and cache <= budget},
     }
 
 
@@ -150,10 +147,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         (f"weights, as {weights['dtype']}", _size(weights["bytes"])),
         ("cache", f"{_size(cache['bytes'])} at {cache['length']:,} tokens{sequences}"),
         ("without windows", _size(cache["bytes_without_windows"])),
-        (
-            "fits here",
-            f"{'yes' if memory['fits'] else 'no'}: {_size(memory['needed'])} of {_size(memory['available'])}",
-        ),
+        ("memory here", f"{_size(memory['available'])}, of which {_size(memory['cache_budget'])} for the cache"),
+        ("fits here", "yes" if memory["fits"] else "no"),
         ("longest that fits", longest),
     ]
     if "bad_tensors" in facts:

@@ -208,9 +208,11 @@ def _lines() -> Iterator[Callable[[], str | None]]:
     def read() -> str | None:
         try:
             line = input("> " if terminal else "")
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
             if terminal:
                 print()
+            elif isinstance(end, KeyboardInterrupt):
+                raise
             return None
         if history:
             history.add(line)

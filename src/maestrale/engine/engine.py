@@ -193,9 +193,11 @@ class Engine:
             logprob, top = token_logprob(row, token, params.logprobs)
             piece.logprobs, piece.top_logprobs = [logprob], [top]
         if sequence.decoder is not None:
-            piece.text, stopped = sequence.stops.push(sequence.decoder.push(token))
-            if stopped and sequence.generated >= params.min_tokens:
-                return self._finish(sequence, "stop", piece)
+            piece.text = sequence.decoder.push(token)
+            if sequence.generated >= params.min_tokens:  # before, a stop string is text like any other
+                piece.text, stopped = sequence.stops.push(piece.text)
+                if stopped:
+                    return self._finish(sequence, "stop", piece)
         if len(sequence.tokens) >= request.length_limit:
             return self._finish(sequence, "length", piece)
         _add(sequence.completion, piece)
@@ -211,6 +213,8 @@ class Engine:
         _add(sequence.completion, piece)
         sequence.completion.finish_reason = reason
         self._conclude(request, sequence.completion)
+        piece.prompt_logprobs = sequence.completion.prompt_logprobs
+        piece.prompt_top_logprobs = sequence.completion.prompt_top_logprobs
         self._drop(sequence)
         return piece
 

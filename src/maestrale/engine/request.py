@@ -94,6 +94,11 @@ class Request:
     def finished(self) -> bool:
         return not self.sequences
 
+    @property
+    def done(self) -> int:
+        """Tokens of its longest sequence that are computed; when it has finished, all that it could have had."""
+        return max((sequence.computed for sequence in self.sequences), default=self.length_limit)
+
     def takes(self, budget: int) -> list[tuple[Sequence, int]]:
         """Which of its sequences would compute how many tokens if `budget` tokens were left in this step."""
         pending = [sequence.pending for sequence in self.sequences]

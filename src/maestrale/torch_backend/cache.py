@@ -6,8 +6,6 @@ index tensors that the kernels read, once a step and for each kind of layer.
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,12 +28,13 @@ class PagedCache:
         self.layout, self.kernel, self.dtype, self.device = layout, kernel, dtype, device
         self.kind_of_layer = [layout.windows.index(window) for window in config.sliding_window]
         self.index_in_kind = [self.kind_of_layer[:i].count(kind) for i, kind in enumerate(self.kind_of_layer)]
-        # k and v of a kind: [2, layers of the kind, slots, G, C]
+        # k and v of a kind: [2, layers of the kind, slots, G, C]. Left unwritten, so that a large pool takes memory
+        # only where it is used; no slot is read before it is written.
         self.pools = [
-            _zeros(
+            torch.empty(
                 (2, self.kind_of_layer.count(kind), pages * layout.page_size, config.n_kv_heads, config.head_dim),
-                dtype,
-                device,
+                dtype=dtype,
+                device=device,
             )
             for kind, pages in enumerate(layout.pages)
         ]
@@ -78,9 +77,10 @@ class PagedCache:
         oldest = np.zeros(len(members), np.int64) if window is None else np.maximum(query[:, 0] - window + 1, 0)
         longest = int((query[:, -1] - oldest).max()) + 1
         key = oldest[:, None] + np.arange(longest)  # positions; those after the last query are padding
+        # Padding reads the last query's own key: what it reads is not seen, but 0 * NaN would be if another's were NaN.
+        stored = np.minimum(key, query[:, -1:])
         table, ring = batch.tables[kind][members], self.layout.rings[kind]
-        where = slots(table, np.arange(len(members))[:, None], key, self.layout.page_size, ring)
-        where[key > query[:, -1:]] = 0
+        where = slots(table, np.arange(len(members))[:, None], stored, self.layout.page_size, ring)
         mask = torch.from_numpy(visible(query[:, :, None], key[:, None, :], window)).to(self.device)
         bias = torch.zeros(mask.shape, dtype=self.dtype, device=self.device).masked_fill_(~mask, -torch.inf)
         return Group(torch.from_numpy(rows).to(self.device), torch.from_numpy(where).to(self.device), bias)
@@ -98,12 +98,3 @@ class StepView:
         k_SGC.index_copy_(0, self.written[kind], k_TGC)
         v_SGC.index_copy_(0, self.written[kind], v_TGC)
         return self.cache.kernel(q_THC, k_SGC, v_SGC, self.groups[kind])
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros, not whatever memory held: padding must not read NaN. On the CPU they are a mapping that takes memory only
-    where it is written (torch.zeros writes all of it), so a pool may be large and cost what is used of it."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    mapping = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(mapping, dtype=dtype).view(shape)

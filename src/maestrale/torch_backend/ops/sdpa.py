@@ -30,8 +30,5 @@ def attend(q_THC: torch.Tensor, k_SGC: torch.Tensor, v_SGC: torch.Tensor, groups
             v_GHSC = v_BGSC.transpose(0, 1).expand(G, H // G, S, C)
             y = scaled_dot_product_attention(q_GHNC, k_GHSC, v_GHSC, group.mask_BNS)
             outputs.append(y.permute(2, 0, 1, 3).reshape(N, H, C))
-    if len(groups) == 1 and groups[0].rows_BN.numel() == q_THC.shape[0]:
-        rows_T = groups[0].rows_BN.view(-1)
-    else:
-        rows_T = torch.cat([group.rows_BN.view(-1) for group in groups])
+    rows_T = torch.cat([group.rows_BN.view(-1) for group in groups])
     return torch.empty_like(q_THC).index_copy_(0, rows_T, torch.cat(outputs))

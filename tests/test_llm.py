@@ -1,0 +1,223 @@
+"""LLM, the Python face: what goes in, what comes out, and what is refused before any weight is read."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import DENSE, hf_greedy, hf_logits, hf_model, make_folder, native_weights, tokens, write_native, write_tekken
+
+from maestrale import LLM, Completion, SamplingParams, launch
+from maestrale.errors import CheckpointError, ConfigError, MemoryLimitError, RequestError, UsageError
+
+CONFIG = replace(DENSE, vocab_size=288, sliding_window=(None, None), max_position_embeddings=96)
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hf_model(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = write_native(tmp_path_factory.mktemp("llm"), CONFIG, native_weights(model, CONFIG))
+    write_tekken(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    return LLM(folder)
+
+
+def ids_of(text):
+    return [1, *(32 + byte for byte in text.encode())]
+
+
+def text_of(ids):
+    return bytes(i - 32 for i in ids if i >= 32).decode(errors="replace")
+
+
+def true_greedy(model, ids, count=8):
+    found = hf_greedy(model, ids, count)
+    return found[: found.index(2)] if 2 in found else found
+
+
+# What goes in
+
+
+def test_text_ids_and_lists_of_both_are_continued_in_order(llm, model):
+    prompts = ["hello", [1, 50, 60], "naïve é", np.array([1, 70]), ""]
+    expected = [true_greedy(model, ids) for ids in (ids_of("hello"), [1, 50, 60], ids_of("naïve é"), [1, 70], [1])]
+    found = llm.generate(prompts, GREEDY)
+    assert [c.token_ids for c in found] == expected
+    assert [c.text for c in found] == [text_of(ids) for ids in expected]
+    for prompt, ids in zip(prompts, expected, strict=True):
+        (alone,) = llm.generate(prompt, GREEDY)
+        assert alone.token_ids == ids
+    assert llm.generate([], GREEDY) == []
+
+
+def test_one_params_for_each_prompt_or_one_for_all(llm, model):
+    params = [SamplingParams(max_tokens=n, temperature=0) for n in (1, 5, 3)]
+    found = llm.generate([[1, 50]] * 3, params)
+    assert [c.token_ids for c in found] == [true_greedy(model, [1, 50], n) for n in (1, 5, 3)]
+    with pytest.raises(RequestError, match="2 prompts and 3 SamplingParams"):
+        llm.generate(["a", "b"], params)
+
+
+def test_n_completions_a_prompt_come_in_order(llm):
+    params = SamplingParams(max_tokens=4, n=3, seed=1)
+    found = llm.generate(["a", "b"], params)
+    assert [c.index for c in found] == [0, 1, 2, 0, 1, 2]
+    assert [c.token_ids for c in found[3:]] == [c.token_ids for c in llm.generate("b", params)]
+
+
+def test_a_request_that_cannot_be_served_leaves_nothing_behind(llm, model):
+    for prompts, param in ((["a", []], "prompt"), (["a", [288]], "prompt"), (["a", "x" * 96], "prompt")):
+        with pytest.raises(RequestError) as error:
+            llm.generate(prompts, GREEDY)
+        assert error.value.param == param
+        assert not llm._engine.has_work
+    assert llm.generate([[1, 50]], GREEDY)[0].token_ids == true_greedy(model, [1, 50])
+
+
+def test_too_long_a_prompt_is_refused_with_both_numbers(llm):
+    with pytest.raises(RequestError, match="97 tokens and the context holds 96"):
+        llm.generate("x" * 96, GREEDY)
+    assert llm.max_len == 96
+
+
+# Streams
+
+
+def test_a_stream_adds_up_to_what_generate_gives(llm):
+    params = SamplingParams(max_tokens=8, seed=3, n=2, logprobs=1)
+    whole = llm.generate(["ab", "c"], params)
+    pieces = list(llm.stream(["ab", "c"], params))
+    for i, completion in enumerate(whole):
+        mine = [piece for piece in pieces if piece.index == i]
+        assert "".join(piece.text for piece in mine) == completion.text
+        assert [token for piece in mine for token in piece.token_ids] == completion.token_ids
+        assert [x for piece in mine for x in piece.logprobs or []] == completion.logprobs
+        assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
+        assert mine[-1].finish_reason == completion.finish_reason
+
+
+def test_streams_may_be_read_in_turns_and_with_a_generate_between(llm):
+    expected = [c.token_ids for c in llm.generate(["ab", "c", "d"], GREEDY)]
+    first, second, found = llm.stream("ab", GREEDY), llm.stream("c", GREEDY), ([], [])
+    for _ in range(9):
+        for stream, ids in ((first, found[0]), (second, found[1])):
+            ids += next(stream, Completion()).token_ids
+            assert llm.generate("d", GREEDY)[0].token_ids == expected[2]
+    assert list(found) == expected[:2]
+
+
+def test_a_stream_that_is_left_frees_its_pages(llm):
+    stream = llm.stream("ab", SamplingParams(max_tokens=50, temperature=0, ignore_eos=True))
+    next(stream)
+    assert llm._engine.has_work
+    stream.close()
+    assert not llm._engine.has_work
+    assert [len(free) for free in llm._engine.pages.free] == list(llm._engine.pages.layout.pages)
+
+
+def test_chat_continues_the_chat_form(llm):
+    messages = [{"role": "user", "content": "hi"}]
+    ids = llm.tokenizer.encode_chat(messages)
+    assert ids[0] == 1
+    assert llm.chat(messages, GREEDY).token_ids == llm.generate([ids], GREEDY)[0].token_ids
+
+
+# Logits
+
+
+def test_logits_are_float32_rows_for_every_token(llm, model):
+    asked = [tokens(n, 288, seed=n) for n in (1, 40, 96)]
+    for found, ids in zip(llm.logits(asked), asked, strict=True):
+        assert (found.dtype, found.shape) == (np.float32, (len(ids), 288))
+        np.testing.assert_allclose(found, hf_logits(model, ids), atol=1e-4, rtol=0)
+    assert llm.logits([]) == []
+    with pytest.raises(RequestError, match="chunk_size = 0"):
+        llm.logits(asked, chunk_size=0)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "float16"}, torch.float16),
+        ({"weights": "bf16"}, torch.bfloat16),
+        ({"weights": "bf16", "dtype": "bfloat16"}, torch.bfloat16),
+    ],
+)
+def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
+    llm = LLM(folder, **options)
+    assert llm._engine.runner.model.norm.weight.dtype == dtype
+    assert all(pool.dtype == dtype for pool in llm._engine.runner.cache.pools)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"dtype": "int3"}, UsageError, "dtype 'int3': expected auto"),
+        ({"weights": "int3"}, UsageError, "weights 'int3': expected auto or bf16"),
+        ({"weights": "bf16", "dtype": "float32"}, UsageError, "contradict each other"),
+        ({"backend": "abacus"}, UsageError, "backend 'abacus': expected"),
+        ({"device": "abacus"}, UsageError, "device 'abacus' cannot be used"),
+        ({"device": "cuda:99"}, UsageError, "device 'cuda:99' cannot be used"),
+        ({"max_len": 0}, UsageError, "max_len = 0"),
+        ({"max_batch_tokens": -1}, UsageError, "max_batch_tokens = -1"),
+        ({"max_sequences": 0}, UsageError, "max_sequences = 0"),
+        ({"max_len": (1 << 31) - 1}, MemoryLimitError, "the longest context that fits is"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line_before_a_weight_is_read(folder, options, error, words, monkeypatch):
+    monkeypatch.setattr("maestrale.checkpoint.reader.Checkpoint.tensor", lambda *_: pytest.fail("read a weight"))
+    monkeypatch.setattr(launch, "available_memory", lambda: 1 << 30)
+    with pytest.raises(error, match=words) as caught:
+        LLM(folder, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(launch, "available_memory", lambda: 1000)
+    with pytest.raises(MemoryLimitError):
+        LLM(folder)
+
+
+def test_a_folder_without_a_tokenizer_runs_on_ids_and_says_so_when_text_is_needed(tmp_path):
+    folder = make_folder(tmp_path, DENSE)
+    llm = LLM(folder)
+    completion = llm.generate([[3, 4]], GREEDY)[0]
+    assert (len(completion.token_ids), completion.text) == (8, "")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        llm.generate("text", GREEDY)
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        _ = llm.tokenizer
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        LLM(folder, require_tokenizer=True)
+
+
+def test_progress_counts_tensors(folder):
+    seen = []
+    LLM(folder, progress=lambda *progress: seen.append(progress))
+    total = len(load_file(folder / "consolidated.safetensors"))
+    assert seen == [(i, total) for i in range(1, total + 1)]
+
+
+def test_bad_folders_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        LLM(tmp_path / "nowhere")
+    folder = make_folder(tmp_path / "bad", DENSE)
+    params = (folder / "params.json").read_text()
+    (folder / "params.json").write_text(params.replace('"n_kv_heads": 2', '"n_kv_heads": 3'))
+    with pytest.raises(ConfigError, match="n_heads = 4 is not a multiple of n_kv_heads = 3"):
+        LLM(folder)
