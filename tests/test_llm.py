@@ -129,7 +129,10 @@ def test_chat_continues_the_chat_form(llm):
     messages = [{"role": "user", "content": "hi"}]
     ids = llm.tokenizer.encode_chat(messages)
     assert ids[0] == 1
-    assert llm.chat(messages, GREEDY).token_ids == llm.generate([ids], GREEDY)[0].token_ids
+    answer = llm.chat(messages, GREEDY)
+    assert answer.token_ids == llm.generate([ids], GREEDY)[0].token_ids
+    assert answer.text == llm.tokenizer.decode(answer.token_ids)  # not a continuation of the prompt's text
+    assert "".join(piece.text for piece in llm.stream([ids], GREEDY, reply=True)) == answer.text
 
 
 # Logits

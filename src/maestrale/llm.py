@@ -91,11 +91,16 @@ class LLM:
         return [completion for request in requests for completion in _ordered(request)]
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        reply: bool = False,
     ) -> Iterator[Completion]:
         """As `generate`, but yields what each step adds. `index` tells continuations apart: prompt i's n
-        continuations have i * n to i * n + n - 1."""
-        requests = self._submit(*_pair(prompts, params))
+        continuations have i * n to i * n + n - 1. reply: the text begins anew, as the answer in a chat does, and does
+        not go on from the prompt's (no space between the two)."""
+        requests = self._submit(*_pair(prompts, params), reply=reply)
         first = dict(zip(requests, np.cumsum([0] + [r.params.n for r in requests]).tolist(), strict=False))
         for request, piece in self._run(requests):
             piece.index += first[request]
@@ -108,7 +113,11 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Completion:
         """The assistant's answer to OpenAI-style messages, in the model's own chat form."""
-        return self.generate([self.tokenizer.encode_chat(messages, tools)], params)[0]
+        ids = self.tokenizer.encode_chat(messages, tools)
+        (request,) = requests = self._submit([ids], [params or SamplingParams()], reply=True)
+        for _ in self._run(requests):
+            pass
+        return _ordered(request)[0]
 
     def logits(
         self, list_of_token_ids: Sequence[Sequence[int]], chunk_size: int | None = None
@@ -131,12 +140,15 @@ class LLM:
         params: Sequence[SamplingParams],
         chunk_size: int | None = None,
         keep_logits: bool = False,
+        reply: bool = False,
     ) -> list[Request]:
         requests: list[Request] = []
         try:
             for prompt, asked in zip(prompts, params, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                requests.append(self._engine.submit(ids, asked, chunk_size=chunk_size, keep_logits=keep_logits))
+                requests.append(
+                    self._engine.submit(ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply)
+                )
         except BaseException:
             self._abort(requests)
             raise

@@ -128,8 +128,8 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": line}]
         ids = self.llm.tokenizer.encode_chat(messages)
         _require_room(self.llm, ids)
-        said = say(self.llm, ids, self.params)
-        self.messages = [*messages, {"role": "assistant", "content": said.text.strip()}]
+        said = say(self.llm, ids, self.params, reply=True)
+        self.messages = [*messages, {"role": "assistant", "content": said.text}]
 
 
 @dataclass
@@ -140,13 +140,13 @@ class Said:
     token_ids: list[int] = field(default_factory=list)
 
 
-def say(llm: LLM, ids: Sequence[int], params: SamplingParams, ended: str = "") -> Said:
+def say(llm: LLM, ids: Sequence[int], params: SamplingParams, ended: str = "", reply: bool = False) -> Said:
     """Prints the continuation as it comes, until it ends or Ctrl-C is pressed.
 
     ended: to be printed where the model itself ended its text.
     """
     said, reason = Said(), None
-    stream = llm.stream(ids, params)
+    stream = llm.stream(ids, params, reply=reply)
     with _interruptible() as interrupted:
         for piece in stream:
             print(piece.text, end="", flush=True)

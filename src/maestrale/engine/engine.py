@@ -37,10 +37,13 @@ class Engine:
         *,
         chunk_size: int | None = None,
         keep_logits: bool = False,
+        reply: bool = False,
     ) -> Request:
         """Queues a prompt of token ids. RequestError where it cannot be served, with the offending `param`.
 
         chunk_size: the most prompt tokens to compute in a step. keep_logits: keep every row of logits.
+        reply: the completion's text begins anew, as a chat's answer does, and does not go on from the prompt's: no
+        space between the two is part of it.
         """
         layout = self.runner.layout
         self._check_prompt(prompt, params)
@@ -51,6 +54,7 @@ class Engine:
             length_limit=min(len(prompt) + params.max_tokens, layout.max_len),
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
+            reply=reply,
         )
         self._check_width(request)
         self._prepare(request.sequences[0])
@@ -137,7 +141,7 @@ class Engine:
     def _prepare(self, sequence: Sequence) -> None:
         request = sequence.request
         if self.tokenizer is not None and request.params.beam_width == 1:
-            sequence.decoder = self.tokenizer.stream(after=request.prompt)
+            sequence.decoder = self.tokenizer.stream(after=request.text_before)
         sequence.history = history_for(request.params, request.prompt, self.vocab_size)
         if request.params.logprobs is not None:
             sequence.completion.logprobs = []
@@ -279,7 +283,7 @@ class Engine:
             completion = Completion("", list(found.token_ids), finish_reason=reason, index=index, score=found.score)
             if self.tokenizer is not None:
                 stops = StopStrings(request.params.stop)
-                text, stopped = stops.push(self.tokenizer.decode_continuation(request.prompt, found.token_ids))
+                text, stopped = stops.push(self.tokenizer.decode_continuation(request.text_before, found.token_ids))
                 completion.text = text if stopped else text + stops.finish()
                 completion.finish_reason = "stop" if stopped else reason
             self._conclude(request, completion)

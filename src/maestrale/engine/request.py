@@ -72,13 +72,22 @@ class Request:
     """A prompt with its parameters, and the sequences that continue it.
 
     It begins as one sequence. When the prompt is computed it becomes n of them (or a beam's width) on the same pages.
-    seed: the one sampling uses. length_limit: known tokens at which a sequence ends. chunk: most tokens a step.
+    text_before: the ids whose text a completion goes on from. seed: the one sampling uses. length_limit: known tokens at which a sequence ends. chunk: most tokens a step.
     """
 
     def __init__(
-        self, prompt: Items[int], params: SamplingParams, *, seed: int, length_limit: int, chunk: int, keep_logits: bool
+        self,
+        prompt: Items[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        length_limit: int,
+        chunk: int,
+        keep_logits: bool = False,
+        reply: bool = False,
     ):
         self.prompt, self.params = list(prompt), params
+        self.text_before: list[int] = [] if reply else self.prompt
         self.seed, self.length_limit, self.chunk = seed, length_limit, chunk
         self.width = max(params.n, params.beam_width)
         self.sequences = [Sequence(self, 0, prompt)]
