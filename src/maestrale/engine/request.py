@@ -72,7 +72,8 @@ class Request:
     """A prompt with its parameters, and the sequences that continue it.
 
     It begins as one sequence. When the prompt is computed it becomes n of them (or a beam's width) on the same pages.
-    text_before: the ids whose text a completion goes on from. seed: the one sampling uses. length_limit: known tokens at which a sequence ends. chunk: most tokens a step.
+    text_before: the ids whose text a completion goes on from. seed: the one sampling uses.
+    length_limit: known tokens at which a sequence ends. chunk: most tokens a step.
     """
 
     def __init__(

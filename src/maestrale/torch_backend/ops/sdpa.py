@@ -9,6 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from maestrale.torch_backend.ops.groups import Group
 
+_BLOCK = 64  # queries: 6.3 ms for a chunk of 512, 12 heads of 64, one core; 14.0 ms all at once
+
 
 def attend(q_THC: torch.Tensor, k_SGC: torch.Tensor, v_SGC: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
     """As reference.attend. Query heads of one kv head are laid side by side, so no key or value is repeated in memory
@@ -28,7 +30,13 @@ def attend(q_THC: torch.Tensor, k_SGC: torch.Tensor, v_SGC: torch.Tensor, groups
             q_GHNC = q_NHC.view(N, G, H // G, C).permute(1, 2, 0, 3)
             k_GHSC = k_BGSC.transpose(0, 1).expand(G, H // G, S, C)
             v_GHSC = v_BGSC.transpose(0, 1).expand(G, H // G, S, C)
-            y = scaled_dot_product_attention(q_GHNC, k_GHSC, v_GHSC, group.mask_BNS)
-            outputs.append(y.permute(2, 0, 1, 3).reshape(N, H, C))
+            # A mask of three dimensions, unlike one of two, would leave the fast kernel. On the CPU that kernel computes
+            # what the mask hides too: short blocks of queries, each with the keys up to its own last, save up to half.
+            mask_NS, block = group.mask_BNS[0], _BLOCK if q_THC.device.type == "cpu" else N
+            for start in range(0, N, block):
+                n = slice(start, min(start + block, N))
+                s = slice(S - N + n.stop)
+                y = scaled_dot_product_attention(q_GHNC[:, :, n], k_GHSC[:, :, s], v_GHSC[:, :, s], mask_NS[n, s])
+                outputs.append(y.permute(2, 0, 1, 3).reshape(-1, H, C))
     rows_T = torch.cat([group.rows_BN.view(-1) for group in groups])
     return torch.empty_like(q_THC).index_copy_(0, rows_T, torch.cat(outputs))
