@@ -3,8 +3,8 @@
 Each model runs in two worker processes, one for each side, that take turns: a repeat of one, the same repeat of the
 other. So a slow moment of the machine hits both, and each side's peak memory is its own. Both read the same weights;
 transformers gets a converted copy. Its settings are the fastest we know: inference_mode, DynamicCache, sdpa without a
-mask (all sequences are of one length), logits of the last position only, and each of its experts implementations is
-tried on a mixture. Decoding is timed over a loop of forward calls, and over `generate` itself; the faster one counts.
+mask (all sequences are of one length), logits of the last position only, and on a mixture the faster of its experts
+implementations. Decoding is timed over a loop of forward calls, and over `generate` itself; the faster one counts.
 
 Our side is the whole engine (scheduling, sampling, detokenizing); theirs is the model and an argmax.
 The results, losses too, go to bench/results/torch-vs-transformers.json and .md; the last line printed is JSON.
@@ -43,13 +43,10 @@ OURS, THEIRS = "maestrale", "transformers"
 KINDS = ["prefill", *(f"decode {size}" for size in BATCHES)]
 THEIR_START = """
 import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, text = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 with torch.inference_mode():
-    ids = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=1, do_sample=False)
-print(tokenizer.decode(ids[0]))
+    print(model.generate(torch.tensor([[1, 851, 349, 264, 1369]]), max_new_tokens=1, do_sample=False, pad_token_id=0))
 """
 
 
@@ -67,31 +64,35 @@ class TheirStand:
             folder, dtype=torch.bfloat16, attn_implementation="sdpa"
         ).eval()
         self.vocab_size = self.model.config.vocab_size
-        self.best: dict[str, Callable[[], float]] = {}
+        self.best: dict[str, str] = {}
 
-    def measure(self, kind: str) -> float:
+    def measure(self, kind: str) -> dict[str, Any]:
         """Seconds of a pre-fill or of a decode step, in the way that was fastest when this kind was first measured."""
+        ways = self._ways(kind)
         if kind not in self.best:
             trials = {}
-            for way in self._ways(kind):
+            for name, way in ways.items():
                 way()
-                trials[min(way() for _ in range(2))] = way
+                trials[min(way() for _ in range(2))] = name
             self.best[kind] = trials[min(trials)]
-        return self.best[kind]()
+        return {"seconds": ways[self.best[kind]](), "way": self.best[kind]}
 
-    def _ways(self, kind: str) -> list[Callable[[], float]]:
-        size = int(kind.split()[-1]) if kind != "prefill" else 0
-        runs = [self.prefill] if kind == "prefill" else [lambda: self.loop(size), lambda: self.generate(size)]
+    def _ways(self, kind: str) -> dict[str, Callable[[], float]]:
+        if kind == "prefill":
+            runs = {"forward": self.prefill}
+        else:
+            size = int(kind.split()[-1])
+            runs = {"forward": lambda: self.loop(size), "generate": lambda: self.generate(size)}
         if not hasattr(self.model.config, "num_local_experts"):
             return runs
-        return [self._with_experts(way, run) for way in ("eager", "batched_mm", "grouped_mm") for run in runs]
+        experts = ("eager", "grouped_mm")  # batched_mm copies the weights of each token's experts: 47 GB at pre-fill
+        return {f"{name}, {way}": self._with_experts(way, run) for way in experts for name, run in runs.items()}
 
     def _with_experts(self, way: str, run: Callable[[], float]) -> Callable[[], float]:
         def switched() -> float:
             self.model.set_experts_implementation(way)
             return run()
 
-        switched.__name__ = way
         return switched
 
     def prefill(self) -> float:
@@ -143,7 +144,7 @@ def work(side: str, folder: Path) -> None:
     if side == OURS:
         stand = Stand(folder, PROMPT_TOKENS, DECODE_TOKENS, BATCHES)
 
-        def measure(kind: str) -> dict[str, float]:
+        def measure(kind: str) -> dict[str, Any]:
             if kind == "prefill":
                 return {"seconds": stand.prefill()}
             seconds, engine = stand.decode(int(kind.split()[-1]))
@@ -151,8 +152,7 @@ def work(side: str, folder: Path) -> None:
     else:
         theirs = TheirStand(folder)
 
-        def measure(kind: str) -> dict[str, float]:
-            return {"seconds": theirs.measure(kind)}
+        measure = theirs.measure
 
     print("{}", flush=True)
     for line in sys.stdin:
@@ -169,20 +169,17 @@ class Worker:
         )
         self._answer()
 
-    def measure(self, kind: str) -> dict[str, float]:
-        assert self.process.stdin
+    def measure(self, kind: str) -> dict[str, Any]:
         print(kind, file=self.process.stdin, flush=True)
         return self._answer()
 
-    def _answer(self) -> dict[str, float]:
-        assert self.process.stdout
+    def _answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"a worker ended with {self.process.wait()}: {' '.join(map(str, self.process.args))}")
         return json.loads(line)
 
     def close(self) -> None:
-        assert self.process.stdin
         self.process.stdin.close()
         self.process.wait()
 
@@ -190,7 +187,7 @@ class Worker:
 def compare(shape: str, folders: dict[str, Path], repeats: int, limits: dict[str, float]) -> dict[str, Any]:
     say(f"{shape}: loading both")
     workers = {side: Worker(side, folder) for side, folder in folders.items()}
-    taken: dict[str, dict[str, list[dict[str, float]]]] = {kind: {OURS: [], THEIRS: []} for kind in KINDS}
+    taken: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {OURS: [], THEIRS: []} for kind in KINDS}
     for kind in KINDS:  # warms up, and lets transformers choose its fastest way
         for worker in workers.values():
             worker.measure(kind)
@@ -208,9 +205,7 @@ def compare(shape: str, folders: dict[str, Path], repeats: int, limits: dict[str
     return {"speed": rows, "peak_memory_bytes": peaks}
 
 
-def summary(
-    shape: str, kind: str, sides: dict[str, list[dict[str, float]]], limits: dict[str, float]
-) -> dict[str, Any]:
+def summary(shape: str, kind: str, sides: dict[str, list[dict[str, Any]]], limits: dict[str, float]) -> dict[str, Any]:
     """Tokens a second of both, the ratio (above 1: ours is faster), and our share of the machine's limit.
 
     ratio: the median over repeats of the two neighbours' ratio, so that a slow moment cancels out.
@@ -229,16 +224,17 @@ def summary(
     for side, values in seconds.items():
         row[side] = {"tokens_per_second": tokens / median(values), "share_of_limit": least / median(values)}
         row[side] |= {"lowest": tokens / max(values), "highest": tokens / min(values)}
+    row[THEIRS]["way"] = sides[THEIRS][0]["way"]
     if kind != "prefill":
         row[OURS]["engine_ms_per_step"] = 1e3 * median(found["engine"] for found in sides[OURS])
     return row
 
 
 def start_up(folders: dict[str, Path], repeats: int) -> dict[str, Any]:
-    """Seconds from the shell to the first token of S, process start and exit included."""
+    """Seconds from the shell to the first token of S, process start and exit included; theirs reads no tokenizer."""
     text = "This is a test"
     command = [sys.executable, "-m", "maestrale", "generate", str(folders[OURS]), "-p", text, "--max-tokens", "1"]
-    commands = {OURS: command, THEIRS: [sys.executable, "-c", THEIR_START, str(folders[THEIRS]), text]}
+    commands = {OURS: command, THEIRS: [sys.executable, "-c", THEIR_START, str(folders[THEIRS])]}
     seconds: dict[str, list[float]] = {OURS: [], THEIRS: []}
     for repeat in range(repeats + 1):
         for side, words in commands.items():

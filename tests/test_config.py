@@ -281,7 +281,7 @@ def test_config_json_keeps_everything_that_it_has_words_for(config):
             config.to_hf()
         return
     found = ModelConfig.from_hf(json.loads(json.dumps(config.to_hf())))
-    assert found == replace(config, max_position_embeddings=config.max_position_embeddings or 32768)
+    assert found == config
 
 
 @pytest.mark.parametrize("config", [DENSE, WINDOWED, MIXED, MIXTURE, TIED])
@@ -303,3 +303,25 @@ def test_transformers_reads_what_to_hf_writes(config, tmp_path):
     assert theirs.rope_parameters["rope_theta"] == config.rope_theta
     assert getattr(theirs, "layer_types", None) == getattr(expected, "layer_types", None)
     assert theirs.tie_word_embeddings == config.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_scaling", {"rope_type": "yarn", "factor": 8}),
+        ("use_biases", True),
+        ("attn_bias", True),
+        ("causal", False),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused_by_name(key, value):
+    with pytest.raises(ConfigError, match=key):
+        ModelConfig.from_mistral({**PARAMS, key: value})
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_layers": 2**31 - 1}, {"n_layers": 999, "moe": {"num_experts": 10**6, "num_experts_per_tok": 2}}]
+)
+def test_a_table_of_tensors_without_end_is_refused_at_once(change):
+    with pytest.raises(ConfigError, match="expected a whole number from 1 to"):
+        ModelConfig.from_mistral({**PARAMS, **change})

@@ -174,7 +174,7 @@ def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
         ({"weights": "int3"}, UsageError, "weights 'int3': expected auto or bf16"),
         ({"weights": "bf16", "dtype": "float32"}, UsageError, "contradict each other"),
         ({"backend": "abacus"}, UsageError, "backend 'abacus': expected"),
-        ({"device": "abacus"}, UsageError, "device 'abacus' cannot be used"),
+        ({"device": "abacus"}, UsageError, "device 'abacus': expected"),
         ({"device": "cuda:99"}, UsageError, "device 'cuda:99' cannot be used"),
         ({"max_len": 0}, UsageError, "max_len = 0"),
         ({"max_batch_tokens": -1}, UsageError, "max_batch_tokens = -1"),

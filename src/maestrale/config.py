@@ -14,7 +14,9 @@ from typing import Any
 
 from maestrale.errors import ConfigError
 
-MAX_SIZE = 1 << 31  # no dimension of a real model comes near; keeps every product inside 64 bits
+MAX_SIZE = (1 << 31) - 1  # no dimension of a real model comes near; keeps every product inside 64 bits
+MAX_LAYERS = 1000  # these two bound the table of tensors, which is built before any weight is looked at
+MAX_EXPERTS = 20_000  # in all layers together
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size"):
-            _whole(name, getattr(self, name))
+            _whole(name, getattr(self, name), limit=MAX_LAYERS if name == "n_layers" else MAX_SIZE)
         if self.head_dim % 2:
             raise ConfigError(f"head_dim = {self.head_dim}: must be even, RoPE turns its entries in pairs")
         if self.n_heads % self.n_kv_heads:
@@ -70,7 +72,7 @@ class ModelConfig:
         if self.max_position_embeddings is not None:
             _whole("max_position_embeddings", self.max_position_embeddings)
         if self.moe is not None:
-            _whole("moe.num_experts", self.moe.num_experts)
+            _whole("moe.num_experts", self.moe.num_experts, limit=MAX_EXPERTS // self.n_layers)
             _whole("moe.num_experts_per_tok", self.moe.num_experts_per_tok)
             if self.moe.num_experts_per_tok > self.moe.num_experts:
                 raise ConfigError(
@@ -89,9 +91,13 @@ class ModelConfig:
         reader = _Reader(params, source)
         for key in ("vision_encoder", "mamba", "ssm_cfg", "audio_encoder", "multimodal"):
             reader.refuse(key, "text models only")
-        for key in ("yarn", "llama_4_scaling", "q_lora_rank", "quantization", "quantization_config"):
+        for key in ("yarn", "rope_scaling", "llama_4_scaling", "use_biases", "attn_bias", "q_lora_rank"):
             reader.refuse(key, "not supported")
-        n_layers = reader.whole("n_layers")
+        for key in ("quantization", "quantization_config"):
+            reader.refuse(key, "quantized weights are not supported")
+        if reader.get("causal", True) is not True:
+            raise ConfigError(f"{source}: causal = {params['causal']!r}: only causal models are supported")
+        n_layers = reader.whole("n_layers", limit=MAX_LAYERS)
         pattern = reader.get("sliding_window", reader.get("_sliding_window"))
         windows = _tile_windows(pattern, n_layers, source)
         theta = reader.number("rope_theta", 1e4 if any(windows) else 1e6)  # N1
@@ -117,10 +123,7 @@ class ModelConfig:
             tied_embeddings=reader.flag("tied_embeddings"),
             max_position_embeddings=reader.optional_whole("max_position_embeddings", "max_seq_len"),
         )
-        # Known keys that state nothing for this program: a batch limit, a rotary form that all these models share.
-        reader.warn_unknown(
-            "model_type", "max_batch_size", "use_biases", "causal", "rope_scaling", "attn_bias", "use_cache"
-        )
+        reader.warn_unknown("model_type", "max_batch_size", "use_cache")  # known, and nothing follows from them
         return config
 
     @classmethod
@@ -143,7 +146,7 @@ class ModelConfig:
             raise ConfigError(f"{source}: rope_parameters = {dict(rope)}; only rope_type 'default' is supported")
         theta = rope.get("rope_theta", reader.get("rope_theta"))
         n_layers, dim, n_heads = (
-            reader.whole("num_hidden_layers"),
+            reader.whole("num_hidden_layers", limit=MAX_LAYERS),
             reader.whole("hidden_size"),
             reader.whole("num_attention_heads"),
         )
@@ -205,22 +208,23 @@ class ModelConfig:
             params["max_position_embeddings"] = self.max_position_embeddings
         return params
 
-    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
-        """The keys of config.json as transformers 5 reads them; ConfigError where it has no words for this model."""
+    def to_hf(self, dtype: str = "bfloat16", bos_id: int = 1, eos_id: int = 2) -> dict[str, Any]:
+        """The keys of config.json as transformers 5 reads them; ConfigError where it has no words for this model.
+
+        bos_id, eos_id: the tokenizer's, which params.json does not state."""
         model_type = "mixtral" if self.moe else "ministral" if len(self.windows) > 1 else "mistral"
         config: dict[str, Any] = {
             "architectures": [model_type.capitalize() + "ForCausalLM"],
             "model_type": model_type,
             "attention_dropout": 0.0,
-            "bos_token_id": 1,
+            "bos_token_id": bos_id,
             "dtype": dtype,
-            "eos_token_id": 2,
+            "eos_token_id": eos_id,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "hidden_size": self.dim,
             "initializer_range": 0.02,
             "intermediate_size": self.hidden_dim,
-            "max_position_embeddings": self.max_position_embeddings or 32768,
             "num_attention_heads": self.n_heads,
             "num_hidden_layers": self.n_layers,
             "num_key_value_heads": self.n_kv_heads,
@@ -232,6 +236,8 @@ class ModelConfig:
             "use_cache": True,
             "vocab_size": self.vocab_size,
         }
+        if self.max_position_embeddings is not None:
+            config["max_position_embeddings"] = self.max_position_embeddings
         if len(self.windows) > 1:
             sizes = {w for w in self.windows if w is not None}
             if len(sizes) > 1 or self.moe:
@@ -293,12 +299,12 @@ def _quotient(dim: int, n_heads: int) -> int | None:
     return dim // n_heads if dim % n_heads == 0 else None
 
 
-def _whole(name: str, value: Any, source: str = "") -> int:
+def _whole(name: str, value: Any, source: str = "", limit: int = MAX_SIZE) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MAX_SIZE:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
         where = f"{source}: " if source else ""
-        raise ConfigError(f"{where}{name} = {value!r}: expected a whole number from 1 to {MAX_SIZE - 1}")
+        raise ConfigError(f"{where}{name} = {value!r}: expected a whole number from 1 to {limit}")
     return value
 
 
@@ -318,11 +324,11 @@ class _Reader:
         if self.get(key) not in (None, False):
             raise ConfigError(f"{self.source}: {self.prefix}{key} is set: {why}")
 
-    def whole(self, key: str, default: int | None = None) -> int:
+    def whole(self, key: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
         value = self.get(key, default)
         if value is None:
             raise ConfigError(f"{self.source}: {self.prefix}{key} is missing: expected a whole number")
-        return _whole(self.prefix + key, value, self.source)
+        return _whole(self.prefix + key, value, self.source, limit)
 
     def optional_whole(self, *keys: str) -> int | None:
         found = [value for key in keys if (value := self.get(key)) is not None]

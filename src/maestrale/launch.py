@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
 from maestrale.engine.engine import Engine
-from maestrale.engine.layout import make_layout
+from maestrale.engine.layout import longest_fit, make_layout, sequence_bytes
 from maestrale.errors import CheckpointError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory, cache_budget
 from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
 BUNDLED = Path(__file__).parent / "models"
-DEFAULT_MODEL = BUNDLED / "stories"
+
+
+_MAX_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step where nothing else is asked for
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,23 @@ class Launched:
     tokenizer_error: CheckpointError | None
 
 
+def model_folder(path: str | Path | None) -> Path:
+    """The folder of a model: `path` itself; the bundled model of that name where no such path exists ("stories",
+    "stories-moe"); the bundled "stories" where none is given."""
+    bundled = BUNDLED / str(path or "stories")
+    named = path is None or ("/" not in str(path) and not os.path.lexists(path) and bundled.is_dir())
+    return bundled if named else Path(cast(str | Path, path))
+
+
+def longest_context(config: ModelConfig, max_len: int, batch: int, element_bytes: int, budget: int) -> int:
+    """The most tokens, up to `max_len`, of each of `batch` sequences whose cache fits `budget` bytes on the CPU."""
+
+    def size(length: int) -> int:
+        return batch * sequence_bytes(config, length, _MAX_CHUNK["cpu"], element_bytes)
+
+    return longest_fit(size, max_len, budget)
+
+
 def launch(
     path: str | Path | None,
     options: Options,
@@ -54,13 +75,13 @@ def launch(
     """Checks all that can be checked without a weight, then loads. Errors: UsageError, ConfigError, CheckpointError,
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     _check(options)
-    with open_checkpoint(path or DEFAULT_MODEL, options.ignore_unexpected) as checkpoint:
+    with open_checkpoint(model_folder(path), options.ignore_unexpected) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
         device = _device(options.device)
         wanted = "bfloat16" if options.weights == "bf16" else options.dtype
         dtype = read_dtype(wanted, checkpoint.dtype)
-        max_chunk = options.max_batch_tokens or (512 if device == "cpu" else 8192)
+        max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
         memory, weight_bytes = _memory(device), _weight_bytes(checkpoint, dtype)
         if weight_bytes > memory:
             raise MemoryLimitError(
@@ -104,6 +125,8 @@ def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer
 
 def _device(device: str) -> str:
     """The name of a device that works; UsageError where it does not."""
+    if device != "auto" and device.split(":")[0] not in _MAX_CHUNK:
+        raise UsageError(f"device {device!r}: expected auto, cpu, cuda, cuda:1 …")
     import torch
 
     if device == "auto":

@@ -99,7 +99,8 @@ class LLM:
     ) -> Iterator[Completion]:
         """As `generate`, but yields what each step adds. `index` tells continuations apart: prompt i's n
         continuations have i * n to i * n + n - 1. reply: the text begins anew, as the answer in a chat does, and does
-        not go on from the prompt's (no space between the two)."""
+        not go on from the prompt's (no space between the two). A step that only reads on in the prompts yields an
+        empty piece, so that a caller may stop there."""
         requests = self._submit(*_pair(prompts, params), reply=reply)
         first = dict(zip(requests, np.cumsum([0] + [r.params.n for r in requests]).tolist(), strict=False))
         for request, piece in self._run(requests):
@@ -175,6 +176,8 @@ class LLM:
                 for request, piece in self._engine.step():
                     self._news[request].append(piece)
                 progress(sum(request.done for request in requests), total)
+                if not any(self._news[request] for request in requests):
+                    yield requests[0], Completion()  # a chunk of a prompt: nothing new, but a moment to stop at
         finally:
             self._abort(requests)
             for request in requests:

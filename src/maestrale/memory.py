@@ -24,7 +24,11 @@ def available_memory() -> int:
     system = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
+        usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return system
-    return system if limit == "max" else min(system, max(int(limit) - int(used), 0))
+    if limit == "max":
+        return system
+    used -= int(usage["active_file"]) + int(usage["inactive_file"])  # cached files give way
+    return min(system, max(int(limit) - used, 0))

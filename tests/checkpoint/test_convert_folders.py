@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,3 +246,22 @@ def test_memory_holds_a_few_tensors_never_the_model(tmp_path, native_folder, par
     grown, torch_loaded = out.stdout.split()
     assert int(grown) * 1024 < 8 * largest < size / 2
     assert torch_loaded == b"False"
+
+
+def test_the_tokenizers_ends_and_its_file_by_any_accepted_name_come_along(tmp_path, hf_folders):
+    source = tmp_path / "source"
+    shutil.copytree(hf_folders["mistral-untied"], source)
+    vocab_size = json.loads((source / "config.json").read_text())["vocab_size"]
+    words = {"<begin>": 5, "<stop>": 7, **{f"w{i}": i for i in range(vocab_size) if i not in (5, 7)}}
+    (source / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": words, "merges": []}, "added_tokens": []})
+    )
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<begin>", "eos_token": "<stop>"}))
+    convert(source, tmp_path / "native", to="native")
+    convert(tmp_path / "native", tmp_path / "hf", to="hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (5, 7)
+    (source / "tokenizer.json").unlink()
+    (source / "tekken_240911.json").write_text("{}")
+    convert(source, tmp_path / "again", to="native")
+    assert (tmp_path / "again" / "tekken_240911.json").exists()

@@ -1,6 +1,7 @@
 import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,17 +84,18 @@ def test_the_longest_context_is_what_memory_has_left(command, tmp_path, monkeypa
     weights = 2 * 7_248_023_552
     monkeypatch.setattr("maestrale.memory.available_memory", lambda: weights + 2 * 131_072 * 5000 + 131_071)
     facts = facts_of(command, tmp_path)
-    assert facts["cache"]["longest_context"] == 5000
+    assert facts["cache"]["longest_context"] == 4992  # whole pages of 16
     assert facts["memory"]["fits"] is False
-    assert facts_of(command, tmp_path, "--length", 5000)["memory"]["fits"] is True
-    assert facts_of(command, tmp_path, "--batch", 2)["cache"]["longest_context"] == 2500
+    assert facts_of(command, tmp_path, "--length", 4992)["memory"]["fits"] is True
+    assert facts_of(command, tmp_path, "--batch", 2)["cache"]["longest_context"] == 2496
     monkeypatch.setattr("maestrale.memory.available_memory", lambda: 1 * GIB)
     assert facts_of(command, tmp_path)["cache"]["longest_context"] == 0
 
 
 def test_with_windows_in_all_layers_any_length_fits(command, tmp_path, monkeypatch):
     write_hollow(tmp_path, V01)
-    monkeypatch.setattr("maestrale.memory.available_memory", lambda: 2 * 7_241_732_096 + 2 * 512 * MIB)
+    monkeypatch.setattr("maestrale.memory.available_memory", lambda: 2 * 7_241_732_096 + 2 * 576 * MIB)
+    # its pages hold the window and a chunk of 512: 4608 tokens
     assert facts_of(command, tmp_path)["cache"]["longest_context"] is None
     assert "any" in command("inspect", tmp_path).out
 
@@ -164,3 +166,14 @@ def test_impossible_questions_are_usage_errors(command, models, args):
 )
 def test_sizes_have_three_digits(size, text):
     assert readable_bytes(size) == text
+
+
+def test_a_bundled_model_has_a_name_and_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    from maestrale.launch import BUNDLED, model_folder
+
+    monkeypatch.chdir(tmp_path)
+    assert model_folder(None) == model_folder("stories") == BUNDLED / "stories"
+    assert model_folder("stories-moe") == BUNDLED / "stories-moe"
+    assert model_folder("elsewhere") == Path("elsewhere")
+    (tmp_path / "stories").mkdir()
+    assert model_folder("stories") == Path("stories")

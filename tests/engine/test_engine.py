@@ -365,3 +365,23 @@ def test_numpy_prompts_are_taken():
     run(engine)
     assert request.completions[0].token_ids == true_greedy([3, 4, 5], 4)
     assert all(type(token) is int for token in request.completions[0].token_ids)
+
+
+def test_after_a_step_that_broke_off_the_others_go_on_as_if_it_had_not_been(monkeypatch):
+    engine = make_engine(page_size=4)
+    forked = engine.submit([3, 4, 5], SamplingParams(max_tokens=10, n=3, seed=1))
+    alone = make_engine(page_size=4)
+    expected = alone.submit([3, 4, 5], SamplingParams(max_tokens=10, n=3, seed=1))
+    run(alone)
+    while not forked.forked:
+        engine.step()
+    doomed = engine.submit([7] * 6, greedy(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "step", lambda batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # the step in which the three would have parted: copies were due
+            engine.step()
+    engine.abort(doomed)
+    run(engine)
+    found = {c.index: c.token_ids for c in forked.completions}
+    assert found == {c.index: c.token_ids for c in expected.completions}
+    assert [len(free) for free in engine.pages.free] == list(engine.pages.layout.pages)

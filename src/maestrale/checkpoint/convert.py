@@ -20,12 +20,11 @@ from maestrale.checkpoint.writer import (
 )
 from maestrale.errors import CheckpointError, UsageError
 from maestrale.plan import count_parameters, tensor_plan
+from maestrale.text.tokenizer import is_tokenizer_file, load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
-COMPANIONS = re.compile(  # files beside the weights that a model needs to be of use
-    r"tokenizer\.model.*|tekken\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
-    r"|generation_config\.json|chat_template.*"
-)
+# Files beside the weights that a model needs to be of use, besides its tokenizer.
+COMPANIONS = re.compile(r"tokenizer_config\.json|special_tokens_map\.json|generation_config\.json|chat_template.*")
 
 
 def convert(
@@ -65,7 +64,8 @@ class _Conversion:
         self.bad: list[str] = []  # tensors with NaN or Inf, all told at the end
 
     def write(self, folder: Path) -> None:
-        companions = [p for p in sorted(self.source.folder.iterdir()) if COMPANIONS.fullmatch(p.name) and p.is_file()]
+        files = [path for path in sorted(self.source.folder.iterdir()) if path.is_file()]
+        companions = [path for path in files if COMPANIONS.fullmatch(path.name) or is_tokenizer_file(path.name)]
         require_space(folder, self.total + sum(p.stat().st_size for p in companions))
         for path in companions:
             copy_file(path, folder / path.name)
@@ -73,7 +73,8 @@ class _Conversion:
             write_json(folder / mistral.CONFIG, self.source.config.to_mistral())
             self._write_file(folder / mistral.WEIGHTS, list(self.shapes))
         else:
-            write_json(folder / hf.CONFIG, self.source.config.to_hf(TORCH_NAMES[self.main_dtype]))
+            ends = _begin_and_end_ids(self.source)
+            write_json(folder / hf.CONFIG, self.source.config.to_hf(TORCH_NAMES[self.main_dtype], *ends))
             self._write_hf_weights(folder)
         if self.bad:
             raise CheckpointError(
@@ -128,3 +129,12 @@ class _Conversion:
                 tensor = StoredTensor.from_array(rows, tensor.dtype)
             yield tensor
             self.source.release(name)
+
+
+def _begin_and_end_ids(source: Checkpoint) -> tuple[int, int]:
+    """The tokenizer's; where there is none that fits, 1 and 2, which all released models have."""
+    try:
+        tokenizer = load_tokenizer(source.folder, source.config.vocab_size)
+    except CheckpointError:
+        return 1, 2
+    return tokenizer.bos_id, tokenizer.eos_id

@@ -23,11 +23,11 @@ def find_weights(folder: Path) -> tuple[str, dict[Path, list[str]]]:
     Where a folder has several, the choice is fixed and a warning tells it: native before Hugging Face, one
     .safetensors file before shards, those before pickles.
     """
-    if not folder.exists():
-        raise CheckpointError(f"{folder}: no such folder; expected a model's folder")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: is a file; expected the folder that holds it")
     try:
+        if not folder.exists():
+            raise CheckpointError(f"{folder}: no such folder; expected a model's folder")
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: is a file; expected the folder that holds it")
         choices = {layout: _weights(folder, layout) for layout in ROOMS}
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot read: {error.strerror or error}") from None

@@ -63,6 +63,8 @@ def atomic_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
                 shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
             with suppress(OSError):  # the error on its way says more than one of the clean-up
+                if replaced.exists() and not target.exists():
+                    replaced.rename(target)
                 _empty(partial)
                 (partial / _LOCK).unlink()
                 partial.rmdir()

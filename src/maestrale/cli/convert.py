@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,7 @@ def convert(
     Memory holds one tensor at a time. NaN or Inf in the weights is an error. SRC is only read.
     """
     from maestrale.checkpoint import convert as conversion
+    from maestrale.text.tokenizer import is_tokenizer_file
 
     tensors, written, start = 0, 0, time.perf_counter()
     with opt.progress_line("converting") as show:
@@ -37,4 +39,6 @@ def convert(
 
         conversion.convert(src, dst, to, dtype, force, ignore_unexpected, progress)
     seconds = time.perf_counter() - start
+    if not any(is_tokenizer_file(path.name) for path in dst.iterdir()):
+        warnings.warn(f"{src}: holds no tokenizer, so {dst} has none", stacklevel=1)
     print(f"{dst}: {tensors} tensors, {opt.readable_bytes(written)}, {seconds:.1f} s")

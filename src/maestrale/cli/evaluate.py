@@ -136,11 +136,11 @@ def score(llm: LLM, segments: list[Segment]) -> list[float]:
 
 def _has_window_everywhere(model: Path | None, ignore_unexpected: bool) -> bool:
     from maestrale.checkpoint.reader import open_checkpoint
-    from maestrale.launch import DEFAULT_MODEL
+    from maestrale.launch import model_folder
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # opening the model warns
-        with open_checkpoint(model or DEFAULT_MODEL, ignore_unexpected) as checkpoint:
+        with open_checkpoint(model_folder(model), ignore_unexpected) as checkpoint:
             return all(checkpoint.config.sliding_window)
 
 

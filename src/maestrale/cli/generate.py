@@ -138,7 +138,7 @@ def read_prompts(path: Path) -> list[str]:
     for number, line in lines:
         try:
             value = jsonlib.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}:{number}: not JSON: {error}") from None
         text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str):

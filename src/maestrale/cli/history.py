@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 KEPT = 1000  # lines
@@ -53,7 +54,8 @@ class History:
         import readline
 
         readline.add_history(line)
-        os.write(self._file, f"{line}\n".encode(errors="replace"))
+        with suppress(OSError):  # a full disk is no reason to end a conversation
+            os.write(self._file, f"{line}\n".encode(errors="replace"))
 
     def close(self) -> None:
         if self._file >= 0:

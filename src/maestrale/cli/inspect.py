@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -42,12 +41,12 @@ def inspect(
     """Show a model's architecture, parameters, memory and tokenizer; only headers are read."""
     from maestrale.checkpoint.dtypes import read_dtype
     from maestrale.checkpoint.reader import check_finite, open_checkpoint
-    from maestrale.launch import DEFAULT_MODEL
+    from maestrale.launch import model_folder
 
     for name, value in (("length", length), ("batch", batch)):
         if value is not None and not 0 < value <= _LONGEST:
             raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
-    with open_checkpoint(path or DEFAULT_MODEL, ignore_unexpected) as checkpoint:
+    with open_checkpoint(model_folder(path), ignore_unexpected) as checkpoint:
         facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype))
         if check_tensors:
             facts["bad_tensors"] = check_finite(checkpoint)
@@ -66,6 +65,7 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     length does, which windows in all layers make possible.
     """
     from maestrale.checkpoint.dtypes import byte_count
+    from maestrale.launch import longest_context
     from maestrale.memory import available_memory, cache_budget
     from maestrale.plan import cache_bytes, count_parameters, tensor_plan
 
@@ -80,7 +80,7 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     length = length or config.max_position_embeddings or _CONTEXT
     unwindowed = replace(config, sliding_window=(None,) * config.n_layers)
     cache = batch * cache_bytes(config, length, element_bytes)
-    longest = bisect_right(range(_LONGEST + 1), budget, key=lambda n: batch * cache_bytes(config, n, element_bytes))
+    longest = longest_context(config, _LONGEST, batch, element_bytes, budget)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -94,9 +94,9 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
             "batch": batch,
             "bytes": cache,
             "bytes_without_windows": batch * cache_bytes(unwindowed, length, element_bytes),
-            "longest_context": None if longest > _LONGEST else max(longest - 1, 0),
+            "longest_context": None if longest == _LONGEST else longest,
         },
-        "memory": {"available": memory, "cache_budget": budget, "fits": weight_bytes <= memory and cache <= budget},
+        "memory": {"available": memory, "cache_budget": budget, "fits": weight_bytes <= memory and length <= longest},
     }
 
 

@@ -80,7 +80,11 @@ class Engine:
         if not schedule.work:
             return []
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
-        logits = self.runner.step(assemble(schedule, wanted, len(self.pages.free))).logits
+        try:
+            logits = self.runner.step(assemble(schedule, wanted, len(self.pages.free))).logits
+        except BaseException:  # Ctrl-C too: whoever is asked to go on after it must find whole pages
+            self.scheduler.undo(schedule)
+            raise
         news: list[tuple[Request, Completion]] = []
         ready: dict[Request, list[tuple[Sequence, NDArray[np.float32]]]] = {}
         row = 0

@@ -9,7 +9,7 @@ from maestrale.config import ModelConfig
 from maestrale.errors import MemoryLimitError, UsageError
 
 PAGE_SIZE = 16  # tokens; a page's fill is wasted half on average, a table is walked by page
-DEFAULT_CONTEXT = 32768  # where a model's folder does not say; the length Mistral 7B was trained to use
+DEFAULT_CONTEXT = 32_768  # where a model's folder does not say; the length Mistral 7B was trained to use
 
 
 def make_layout(
@@ -32,40 +32,49 @@ def make_layout(
         if value is not None and not 0 < value < 1 << 31:
             raise UsageError(f"{name} = {value}: expected a whole number from 1 to {(1 << 31) - 1}")
     wanted = max_len or config.max_position_embeddings or DEFAULT_CONTEXT
-    token_bytes = 2 * config.n_kv_heads * config.head_dim * element_bytes
 
-    def rings(length: int) -> tuple[int, ...]:
-        kept = (length if window is None else min(window + max_chunk - 1, length) for window in config.windows)
-        return tuple(-(-tokens // page_size) for tokens in kept)
+    def size(length: int) -> int:
+        return sequence_bytes(config, length, max_chunk, element_bytes, page_size)
 
-    page_bytes = [token_bytes * page_size * config.sliding_window.count(window) for window in config.windows]
-
-    def sequence_bytes(length: int) -> int:
-        return sum(ring * size for ring, size in zip(rings(length), page_bytes, strict=True))
-
-    if sequence_bytes(wanted) > budget:
-        fits = longest_fit(sequence_bytes, wanted, budget)
+    if size(wanted) > budget:
+        fits = longest_fit(size, wanted, budget)
         if max_len is not None or fits < 1:
             raise MemoryLimitError(
-                f"a cache for {wanted} tokens takes {sequence_bytes(wanted) / 2**20:,.0f} MiB, "
+                f"a cache for {wanted} tokens takes {size(wanted) / 2**20:,.0f} MiB, "
                 f"{budget / 2**20:,.0f} MiB are to be had: the longest context that fits is {fits}"
             )
         wanted = fits
-    one = sequence_bytes(wanted)
+    one, rings = size(wanted), page_rings(config, wanted, max_chunk, page_size)
     return CacheLayout(
         page_size=page_size,
         max_len=wanted,
         max_chunk=max_chunk,
         windows=config.windows,
-        rings=rings(wanted),
-        pages=tuple(min(max_sequences * ring, ring * budget // one) for ring in rings(wanted)),
+        rings=rings,
+        pages=tuple(min(max_sequences * ring, ring * budget // one) for ring in rings),
     )
 
 
-def longest_fit(sequence_bytes: Callable[[int], int], limit: int, budget: int) -> int:
-    """The greatest length up to `limit` whose `sequence_bytes(length)` is within `budget`; 0 if none is."""
+def page_rings(config: ModelConfig, length: int, max_chunk: int, page_size: int) -> tuple[int, ...]:
+    """Entries of a page table for each kind of layer: a window and the chunk that comes into it, or all of `length`."""
+    kept = (length if window is None else min(window + max_chunk - 1, length) for window in config.windows)
+    return tuple(-(-tokens // page_size) for tokens in kept)
+
+
+def sequence_bytes(
+    config: ModelConfig, length: int, max_chunk: int, element_bytes: int, page_size: int = PAGE_SIZE
+) -> int:
+    """What the pages of one sequence of `length` tokens take."""
+    page_bytes = 2 * config.n_kv_heads * config.head_dim * element_bytes * page_size
+    rings = page_rings(config, length, max_chunk, page_size)
+    layers = (config.sliding_window.count(window) for window in config.windows)
+    return page_bytes * sum(ring * count for ring, count in zip(rings, layers, strict=True))
+
+
+def longest_fit(size: Callable[[int], int], limit: int, budget: int) -> int:
+    """The greatest length up to `limit` whose `size(length)` is within `budget`; 0 if none is."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if sequence_bytes(middle) <= budget else (low, middle - 1)
+        low, high = (middle, high) if size(middle) <= budget else (low, middle - 1)
     return low

@@ -63,6 +63,11 @@ class Scheduler:
             self._admit(step, budget)
         return step
 
+    def undo(self, schedule: Schedule) -> None:
+        """A step that broke off may have left pages uncopied or half written: all that took part compute again."""
+        for request in reversed(list(dict.fromkeys(sequence.request for sequence, _ in schedule.work))):
+            self._preempt(request)
+
     def _admit(self, step: Schedule, budget: int) -> None:
         places = self.max_sequences - sum(request.width for request in self.running)
         while self.waiting and budget > 0 and (self.waiting[0].width <= places or not self.running):

@@ -27,7 +27,7 @@ _RANGES: dict[str, tuple[type, bool, int, int]] = {
     "frequency_penalty": (float, False, -2, 2),
     "repetition_penalty": (float, False, 0, 10),
     "min_tokens": (int, False, 0, 2**31 - 1),
-    "beam_width": (int, False, 1, 64),
+    "beam_width": (int, False, 1, 4096),
     "length_penalty": (float, False, -10, 10),
 }
 _ABOVE_ZERO = ("top_p", "repetition_penalty")
@@ -49,9 +49,10 @@ class SamplingParams:
     presence_penalty, frequency_penalty: -2 to 2, over generated tokens. repetition_penalty: (0, 10], prompt included.
     logit_bias: token id → number added to its logit, -100 to 100.
     min_tokens: no end of sequence before so many tokens. ignore_eos: go on after an end of sequence.
-    beam_width: 1 to 64. Above 1, beam search is used: it is deterministic and takes only max_tokens, min_tokens,
-        ignore_eos, stop and length_penalty, and n (at most beam_width) says how many beams are returned. The
-        temperature, top_k, top_p, min_p, seed, the penalties on tokens and logit_bias are then not used.
+    beam_width: 1 to 4096, at most the tokens of a step. Above 1, beam search is used: it is deterministic and takes
+        only max_tokens, min_tokens, ignore_eos, stop and length_penalty, and n (at most beam_width) says how many
+        beams are returned. The temperature, top_k, top_p, min_p, seed, the penalties on tokens and logit_bias are
+        then not used.
     length_penalty: beam search divides a score by length ** length_penalty; above 0 favours long text. -10 to 10.
 
     Whole numbers are accepted where a float is asked; a bool or a string is never a number.

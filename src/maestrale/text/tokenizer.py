@@ -20,6 +20,11 @@ _HF = re.compile(r"tokenizer\.json")
 _ACCEPTED = "tekken.json, tokenizer.model (or tokenizer.model.v3 and the like), tokenizer.json"
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether `load_tokenizer` looks into a file of that name."""
+    return any(pattern.fullmatch(name) for pattern in (_TEKKEN, _SENTENCEPIECE, _HF))
+
+
 class Tokenizer:
     """Text to token ids and back, for one model.
 
@@ -59,14 +64,6 @@ class Tokenizer:
         for token_id in after:
             decoder.push(token_id)
         return decoder
-
-    def token_bytes(self, token_id: int) -> bytes | None:
-        """The bytes that one token shows within a text; None for a control token."""
-        return self._vocabulary.pieces.shown[token_id]
-
-    def control_id(self, name: str) -> int | None:
-        """The id of the control token of that name, such as "[TOOL_CALLS]"; None where there is none."""
-        return self._vocabulary.controls.get(name)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None

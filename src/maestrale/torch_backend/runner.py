@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
+from maestrale.errors import MemoryLimitError
 from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
@@ -20,7 +22,8 @@ class TorchRunner:
     def __init__(self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend):
         weight = model.norm.weight
         self.model, self._layout = model, layout
-        self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
+        with _memory_errors():
+            self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
 
     @property
     def layout(self) -> CacheLayout:
@@ -32,8 +35,22 @@ class TorchRunner:
         tokens_T, positions_T, rows_N = (
             torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
         )
-        logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
-        return StepOutput(logits_NV.cpu().numpy())
+        with _memory_errors():
+            logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
+            return StepOutput(logits_NV.cpu().numpy())
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """torch's errors of this one kind, as ours. The CPU's allocator has none of its own, only words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise MemoryLimitError(
+            f"out of memory: {str(error).splitlines()[0]}; lower max_len, max_batch_tokens or max_sequences"
+        ) from None
 
 
 def open_runner(

@@ -30,8 +30,8 @@ def attend(q_THC: torch.Tensor, k_SGC: torch.Tensor, v_SGC: torch.Tensor, groups
             q_GHNC = q_NHC.view(N, G, H // G, C).permute(1, 2, 0, 3)
             k_GHSC = k_BGSC.transpose(0, 1).expand(G, H // G, S, C)
             v_GHSC = v_BGSC.transpose(0, 1).expand(G, H // G, S, C)
-            # A mask of three dimensions, unlike one of two, would leave the fast kernel. On the CPU that kernel computes
-            # what the mask hides too: short blocks of queries, each with the keys up to its own last, save up to half.
+            # A mask of three dimensions, unlike one of two, would leave the fast kernel. On the CPU that kernel works
+            # on what the mask hides too: short blocks of queries, each with the keys up to its last, save up to half.
             mask_NS, block = group.mask_BNS[0], _BLOCK if q_THC.device.type == "cpu" else N
             for start in range(0, N, block):
                 n = slice(start, min(start + block, N))

@@ -54,6 +54,8 @@ class TrainSettings:
         for name, low in {**least, "save_every": 1, "warmup_steps": 0, "seed": 0, "threads": 0}.items():
             if getattr(self, name) < low:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected at least {low}")
+        if self.seed >= 1 << 63:
+            raise UsageError(f"seed = {self.seed}: expected less than {1 << 63}")
         for name in ("lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected a finite number above 0")
