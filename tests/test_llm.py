@@ -224,3 +224,19 @@ def test_bad_folders_are_refused(tmp_path):
     (folder / "params.json").write_text(params.replace('"n_kv_heads": 2', '"n_kv_heads": 3'))
     with pytest.raises(ConfigError, match="n_heads = 4 is not a multiple of n_kv_heads = 3"):
         LLM(folder)
+
+
+def test_a_reader_may_stop_a_stream_while_the_prompt_is_read(folder):
+    llm = LLM(folder, max_batch_tokens=8)
+    stream = llm.stream([[1, *([40] * 39)]], GREEDY)
+    assert [next(stream).token_ids for _ in range(4)] == [[]] * 4  # 32 of 40 tokens
+    stream.close()
+    assert [len(free) for free in llm._engine.pages.free] == list(llm._engine.runner.layout.pages)
+
+
+def test_progress_counts_tokens_up_to_all_there_can_be(folder):
+    steps = []
+    LLM(folder, max_batch_tokens=8).generate([[1] * 20, [1] * 5], GREEDY, progress=lambda *step: steps.append(step))
+    assert {total for _, total in steps} == {20 + 8 + 5 + 8}
+    assert sorted(steps) == steps
+    assert steps[-1] == (41, 41)
