@@ -9,7 +9,7 @@ from tiny import hf_greedy, hf_logits
 
 from maestrale import LLM, SamplingParams, one_file
 from maestrale.checkpoint.convert import convert
-from maestrale.launch import BUNDLED, DEFAULT_MODEL
+from maestrale.launch import BUNDLED
 
 NAMES = ["stories", "stories-moe"]
 STORY = (
@@ -42,7 +42,6 @@ def test_a_model_has_at_most_16_megabytes(name):
 
 def test_one_is_dense_with_a_window_shorter_than_its_context_and_one_a_mixture_of_two_in_eight():
     dense, mixture = (LLM(BUNDLED / name, max_len=8).config for name in NAMES)
-    assert DEFAULT_MODEL.name == "stories"
     assert dense.moe is None
     assert all(window < dense.max_position_embeddings for window in dense.sliding_window)
     assert (mixture.moe.num_experts, mixture.moe.num_experts_per_tok) == (8, 2)
