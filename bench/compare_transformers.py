@@ -73,7 +73,7 @@ class TheirStand:
             trials = {}
             for name, way in ways.items():
                 way()
-                trials[min(way() for _ in range(2))] = name
+                trials[way()] = name
             self.best[kind] = trials[min(trials)]
         return {"seconds": ways[self.best[kind]](), "way": self.best[kind]}
 

@@ -32,7 +32,7 @@ def prompts():
 
 def check(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)  # logits reach 5
 
 
 @pytest.mark.parametrize("name", MODELS)

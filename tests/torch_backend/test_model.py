@@ -8,7 +8,7 @@ from tiny import DENSE, MIXTURE, hf_model, native_weights
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from maestrale.config import ModelConfig
-from maestrale.torch_backend.model import RMSNorm, Transformer, rope, rope_angles
+from maestrale.torch_backend.model import RMSNorm, Transformer, rope, rope_turns
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -34,7 +34,7 @@ def test_rope_turns_pairs_as_complex_numbers_and_rounds_once(dtype, theta):
     turns = torch.polar(torch.ones(1, dtype=torch.float64), positions[:, None] * speeds)
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     exact = torch.view_as_real(pairs * turns[:, None]).flatten(-2)
-    got = rope(x, *rope_angles(positions, head_dim, theta))
+    got = rope(x, rope_turns(positions, head_dim, theta))
     assert got.dtype == dtype
     rounding = torch.finfo(dtype).eps / 2  # of a number to its nearest neighbour, relative
     assert ((got.double() - exact).abs() <= rounding * exact.abs() + 2e-5).all()

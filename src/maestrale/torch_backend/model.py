@@ -45,10 +45,10 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """What the output layer reads: x_ND, after the last norm."""
         x_TD = self.tok_embeddings(tokens_T)
-        cos_TC, sin_TC = rope_angles(positions_T, self.config.head_dim, self.config.rope_theta)
+        turns_TC = rope_turns(positions_T, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers[:-1]:
-            x_TD = layer(x_TD, cos_TC, sin_TC, attend)
-        x_ND = self.layers[-1](x_TD, cos_TC, sin_TC, attend, rows_N)
+            x_TD = layer(x_TD, turns_TC, attend)
+        x_ND = self.layers[-1](x_TD, turns_TC, attend, rows_N)
         return self.norm(x_ND)
 
 
@@ -70,12 +70,11 @@ class Block(nn.Module):
     def forward(
         self,
         x_TD: torch.Tensor,
-        cos_TC: torch.Tensor,
-        sin_TC: torch.Tensor,
+        turns_TC: torch.Tensor,
         attend: Attend,
         rows_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_TC, sin_TC, attend)
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), turns_TC, attend)
         if rows_N is not None:
             x_TD = x_TD[rows_N]  # in the last block nobody looks at the other rows any more
         return x_TD + self.feed_forward(self.ffn_norm(x_TD))
@@ -92,9 +91,9 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x_TD: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor, attend: Attend) -> torch.Tensor:
-        q_THC = rope(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), cos_TC, sin_TC)
-        k_TGC = rope(self.wk(x_TD).unflatten(-1, (-1, self.head_dim)), cos_TC, sin_TC)
+    def forward(self, x_TD: torch.Tensor, turns_TC: torch.Tensor, attend: Attend) -> torch.Tensor:
+        q_THC = rope(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), turns_TC)
+        k_TGC = rope(self.wk(x_TD).unflatten(-1, (-1, self.head_dim)), turns_TC)
         v_TGC = self.wv(x_TD).unflatten(-1, (-1, self.head_dim))
         return self.wo(attend(self.index, q_THC, k_TGC, v_TGC).flatten(-2))
 
@@ -126,15 +125,17 @@ class RMSNorm(nn.Module):
         return normed_TD.to(x_TD.dtype) * self.weight
 
 
-def rope_angles(positions_T: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * theta^(-2i / head_dim), fp32 [T, head_dim / 2] (RoFormer, section 3.2)."""
-    i = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device)
-    angles_TC = torch.outer(positions_T.float(), theta ** (-i / head_dim))
-    return angles_TC.cos(), angles_TC.sin()
+def rope_turns(positions_T: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """e^(i * position * theta^(-2j / head_dim)), complex64 [T, head_dim / 2] (RoFormer, section 3.2)."""
+    j = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_T.device)
+    angles_TC = torch.outer(positions_T.float(), theta ** (-j / head_dim))
+    return torch.complex(angles_TC.cos(), angles_TC.sin())
 
 
-def rope(x_THC: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> torch.Tensor:
-    """Turns each pair (2i, 2i + 1) of a head by its position's angle. N4: in fp32, then cast back."""
-    even, odd = x_THC.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_TC.unsqueeze(1), sin_TC.unsqueeze(1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_THC.dtype)
+def rope(x_THC: torch.Tensor, turns_TC: torch.Tensor) -> torch.Tensor:
+    """Turns each pair (2j, 2j + 1) of a head, taken as a complex number, by its position's angle.
+
+    N4: in fp32, then cast back. One complex product costs a third of the same sums written out.
+    """
+    pairs_THC = torch.view_as_complex(x_THC.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs_THC * turns_TC.unsqueeze(1)).flatten(-2).to(x_THC.dtype)
