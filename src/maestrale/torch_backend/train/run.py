@@ -22,8 +22,10 @@ import numpy as np
 import torch
 
 from maestrale.checkpoint.dtypes import StoredTensor
+from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.checkpoint.writer import atomic_file, save_checkpoint
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, UsageError
+from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import step as steps
 from maestrale.torch_backend.train.packing import Packed, batch_rows, pack
@@ -69,7 +71,7 @@ def train(settings: TrainSettings, resume: bool = False, force: bool = False) ->
         raise UsageError(f"{state_path}: no run to resume")
     with _owned(folder):
         data, heldout, heldout_bytes = _prepare(settings, folder, resume)
-        model = steps.new_model(settings.model, settings.seed)
+        model = steps.new_model(settings.model, settings.seed) if settings.start is None else _load(settings)
         optimizer = steps.new_optimizer(model, settings)
         digest = hashlib.sha256(data.tokens.tobytes()).hexdigest()
         done = Progress(step=0, data=digest, seconds=0.0)
@@ -97,6 +99,15 @@ def train(settings: TrainSettings, resume: bool = False, force: bool = False) ->
             draw_losses(folder / "log.jsonl", partial)
         _export(model, settings, result, folder, force)
     return result
+
+
+def _load(settings: TrainSettings) -> Transformer:
+    """The model of `settings.start`, its weights in fp32 and free to change."""
+    with open_checkpoint(str(settings.start)) as checkpoint:
+        if checkpoint.config != settings.model:
+            raise UsageError(f"{settings.start}: its params.json is not the model of these settings")
+        model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    return model.requires_grad_(True).train()
 
 
 def _loop(

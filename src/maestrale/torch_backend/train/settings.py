@@ -20,6 +20,7 @@ class TrainSettings:
 
     train: globs of text files; heldout: one text file; both hold documents separated by three line feeds.
     tokenizer: a SentencePiece file; None trains one of model.vocab_size pieces on the training text.
+    start: a model folder whose weights to begin from; None draws new ones. Its tokenizer must be given as `tokenizer`.
     seq_len: tokens in a sequence. batch_size: sequences in a step. micro_batch: how many of them go through the model
     at once. Then the optimizer's: steps, the peak learning rate lr, reached after warmup_steps and falling along a
     cosine to a tenth, weight_decay of matrices, the gradient norm's limit grad_clip. balance: the weight of a
@@ -33,6 +34,7 @@ class TrainSettings:
     out: str
     steps: int
     tokenizer: str | None = None
+    start: str | None = None
     seq_len: int = 512
     batch_size: int = 16
     micro_batch: int = 4
@@ -62,6 +64,8 @@ class TrainSettings:
         for name in ("weight_decay", "balance"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected a finite number of at least 0")
+        if self.start is not None and self.tokenizer is None:
+            raise UsageError("start without tokenizer: a new tokenizer's ids would mean nothing to the old weights")
         if self.batch_size % self.micro_batch:
             raise UsageError(f"batch_size = {self.batch_size} is not a multiple of micro_batch = {self.micro_batch}")
         longest = self.model.max_position_embeddings
