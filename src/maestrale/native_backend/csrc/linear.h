@@ -1,0 +1,43 @@
+// Linear layers on packed weights: y[t, o] = sum over i of x[t, i] * w[o, i].
+//
+// The bits of y[t, o] depend on row t of x and row o of w alone: not on how many rows come together, nor on which
+// blocks a thread is given. Every path of one instruction set (few rows, many rows) adds in the same order.
+#pragma once
+
+#include <cstdint>
+
+namespace maestrale {
+
+enum class Format : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
+
+constexpr int64_t kBlock = 16;  // outputs that lie together; a weight's rows are padded with zeros to a multiple
+
+// A weight [n, k] packed in blocks of 16 outputs; the layout is defined, in numpy, by checkpoint/packed.py:
+//   f32   float    [n/16][k][16]
+//   bf16  uint16   [n/16][k/2][16][2]            k padded to a multiple of 2 with zeros
+//   int8  int8     [n/16][k/4][16][4]            k padded to a multiple of 4; w = q * scales[o]; sums[o] = sum of q
+//   int4  uint8    [n/16][k/8][16][4]            low nibbles k..k+3, high nibbles k+4..k+7; k a multiple of group
+//         scales   float16 [n/16][k/group][16];  w = (q - 8) * scale, or with offsets float [same], q * scale + offset
+struct Weight {
+  Format format;
+  int64_t n, k;
+  int64_t group;           // int4: inputs that share a scale (a multiple of 8)
+  const void* data;
+  const float* row_scales;   // int8
+  const int32_t* sums;       // int8
+  const uint16_t* scales;    // int4, float16 bits
+  const float* offsets;      // int4, affine only; else null
+};
+
+// Rows of activations in the form that a weight's format multiplies with: `prepare` makes them from fp32.
+//   f32: x as it is. bf16: rounded to nearest even. int8, int4: q = round(x * 127 / max|x|) for each row, with the
+//   scale max|x| / 127 and the sums of q over each `group` inputs (int8: the whole row is one group).
+struct Rows {
+  int64_t count, k;
+  int64_t stride;          // bytes from one row of `data` to the next; a multiple of 64
+  void* data;
+  float* scales;           // [count], int8 and int4
+  int32_t* sums;           // [count][k/group], int4
+};
+
+}  // namespace maestrale
