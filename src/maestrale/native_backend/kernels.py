@@ -6,6 +6,7 @@ The extension module is built at install (setup.py); where it is missing, `missi
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,10 @@ from numpy.typing import NDArray
 from maestrale.checkpoint.packed import PackedWeight
 from maestrale.errors import UsageError
 
-native: Any
+native: Any = None
 try:
-    from maestrale.native_backend import _native as native  # type: ignore[attr-defined]  # C++
+    native = import_module("maestrale.native_backend._native")
 except ImportError as error:
-    native = None
     _why = str(error)
 
 ISA = "MAESTRALE_ISA"  # the environment variable that forces a set
