@@ -10,7 +10,14 @@ import maestrale
 
 ROOT = Path(maestrale.__file__).parent
 F0 = ("errors", "config", "plan", "batch", "memory")
-FLOORS = [F0, ("text", "checkpoint", "sampling"), ("engine",), ("torch_backend",), ("launch", "llm"), ("cli",)]
+FLOORS = [
+    F0,
+    ("text", "checkpoint", "sampling"),
+    ("engine",),
+    ("torch_backend", "native_backend"),
+    ("launch", "llm"),
+    ("cli",),
+]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FRAMEWORKS = {"torch", "jax", "mindspore", "transformers"}
 MODULES = {  # "engine.pages" → its file; the package's own two files stand above all floors
@@ -65,7 +72,7 @@ def test_the_command_line_reaches_engines_through_llm_only(module):
     assert not reached & ({"engine"} if module == "cli.train" else {"engine", "torch_backend"})
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) == "torch_backend"))
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in ("torch_backend", "native_backend")))
 def test_a_backend_knows_nothing_of_the_engine(module):
     assert "engine" not in {part(name) for name in ours(imports(module))}
 

@@ -2,6 +2,9 @@
 //
 // The bits of y[t, o] depend on row t of x and row o of w alone: not on how many rows come together, nor on which
 // blocks a thread is given. Every path of one instruction set (few rows, many rows) adds in the same order.
+//
+// A step prepares its rows once (`Kernels::prepare`), then every thread calls `Kernels::linear` for its own range of
+// blocks; both are pure functions of one thread.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +26,8 @@ struct Weight {
   int64_t n, k;
   int64_t group;           // int4: inputs that share a scale (a multiple of 8)
   const void* data;
-  const float* row_scales;   // int8
-  const int32_t* sums;       // int8
+  const float* row_scales;   // int8, [n padded]
+  const int32_t* sums;       // int8, [n padded]
   const uint16_t* scales;    // int4, float16 bits
   const float* offsets;      // int4, affine only; else null
 };
@@ -32,12 +35,30 @@ struct Weight {
 // Rows of activations in the form that a weight's format multiplies with: `prepare` makes them from fp32.
 //   f32: x as it is. bf16: rounded to nearest even. int8, int4: q = round(x * 127 / max|x|) for each row, with the
 //   scale max|x| / 127 and the sums of q over each `group` inputs (int8: the whole row is one group).
+// An int8 or int4 weight takes bf16 rows too: that is the exact product, in which nothing but the weight is quantized.
 struct Rows {
+  Format format;           // of the rows, not of the weight
   int64_t count, k;
-  int64_t stride;          // bytes from one row of `data` to the next; a multiple of 64
-  void* data;
+  int64_t group;           // int4
+  int64_t stride;          // bytes from one row of `data` to the next: row_bytes(format, k)
+  void* data;              // [count][stride], begins at a multiple of 64
   float* scales;           // [count], int8 and int4
   int32_t* sums;           // [count][k/group], int4
+};
+
+// The bytes that a row of k activations takes: a multiple of 64, zeros behind the last.
+inline int64_t row_bytes(Format format, int64_t k) {
+  const int64_t bytes = format == Format::f32 ? 4 * k : format == Format::bf16 ? 2 * k : k;
+  return (bytes + 63) / 64 * 64;
+}
+
+inline int64_t blocks_of(const Weight& w) { return (w.n + kBlock - 1) / kBlock; }
+
+// Where a product goes: y[t * stride + o] = or += the sum, for the outputs o < n of the blocks asked for.
+struct Output {
+  float* y;
+  int64_t stride;
+  bool add = false;
 };
 
 }  // namespace maestrale

@@ -1,0 +1,170 @@
+// Weights, linear layers and packing as Python sees them.
+#include <nanobind/stl/pair.h>
+
+#include <stdexcept>
+
+#include "module.h"
+#include "rows.h"
+
+namespace nb = nanobind;
+
+namespace maestrale {
+
+const Kernels& kernels_named(const std::string& isa) {
+  if (const Kernels* table = find_kernels(isa)) return *table;
+  throw std::invalid_argument("this processor cannot run the kernels '" + isa + "'");
+}
+
+namespace {
+
+Format format_named(const std::string& name) {
+  if (name == "f32") return Format::f32;
+  if (name == "bf16") return Format::bf16;
+  if (name == "int8") return Format::int8;
+  if (name == "int4") return Format::int4;
+  throw std::invalid_argument("format '" + name + "': expected f32, bf16, int8 or int4");
+}
+
+using Part = std::optional<AnyArray>;
+
+const void* part(HeldWeight& held, const Part& array, const char* name, int64_t bytes) {
+  if (!array) throw std::invalid_argument(std::string(name) + ": missing");
+  if (int64_t(array->nbytes()) != bytes)
+    throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(bytes) + " bytes, got " +
+                                std::to_string(array->nbytes()));
+  held.parts.push_back(*array);
+  return array->data();
+}
+
+// A weight on the parts of a PackedWeight (checkpoint/packed.py), which it keeps alive; ValueError where a part has
+// not the size that the layout asks for.
+HeldWeight held_weight(const std::string& format, int64_t n, int64_t k, int64_t group, const Part& data,
+                       const Part& scales, const Part& sums, const Part& offsets) {
+  constexpr int64_t kMost = int64_t(1) << 17;  // of k: 2^17 products of two bytes still fit in 32 bits
+  if (n < 1 || n > int64_t(1) << 40 || k < 1 || k > kMost)
+    throw std::invalid_argument("a weight of " + std::to_string(n) + " outputs and " + std::to_string(k) +
+                                " inputs: expected at least 1 of each and at most " + std::to_string(kMost) +
+                                " inputs");
+  HeldWeight held;
+  Weight& w = held.weight;
+  w = {format_named(format), n, k, group, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const int64_t wide = blocks_of(w) * kBlock;
+  switch (w.format) {
+    case Format::f32:
+      w.data = part(held, data, "data", wide * k * 4);
+      break;
+    case Format::bf16:
+      w.data = part(held, data, "data", wide * ((k + 1) / 2) * 4);
+      break;
+    case Format::int8:
+      w.data = part(held, data, "data", wide * ((k + 3) / 4) * 4);
+      w.row_scales = static_cast<const float*>(part(held, scales, "scales", wide * 4));
+      w.sums = static_cast<const int32_t*>(part(held, sums, "sums", wide * 4));
+      break;
+    case Format::int4:
+      if (group < 8 || group % 8 || k % group)
+        throw std::invalid_argument("groups of " + std::to_string(group) + ": expected a multiple of 8 that divides " +
+                                    std::to_string(k));
+      w.data = part(held, data, "data", wide * k / 2);
+      w.scales = static_cast<const uint16_t*>(part(held, scales, "scales", wide * (k / group) * 2));
+      if (offsets) w.offsets = static_cast<const float*>(part(held, offsets, "offsets", wide * (k / group) * 4));
+  }
+  return held;
+}
+
+// Work over blocks, spread evenly; the unit is what a tile takes at once.
+template <class Work>
+void spread(Pool& pool, int64_t first, int64_t last, const Work& work) {
+  const int64_t units = (last - first + 3) / 4, size = pool.size();
+  pool.run([&](int thread) {
+    const int64_t begin = first + units * thread / size * 4, end = first + units * (thread + 1) / size * 4;
+    if (begin < last) work(begin, end < last ? end : last);
+  });
+}
+
+struct Request {
+  Rows rows;
+  int64_t first, last;
+  Output out;
+};
+
+// Checks shapes, prepares the rows of x and says where results go.
+Request request(Pool& pool, const Kernels& kernels, RowsBuffer& buffer, const Weight& w,
+                const Array<const float>& x, const Array<float>& y, std::optional<std::pair<int64_t, int64_t>> blocks,
+                bool exact, bool add) {
+  if (x.ndim() != 2 || y.ndim() != 2 || int64_t(x.shape(1)) != w.k || int64_t(y.shape(1)) != w.n ||
+      x.shape(0) != y.shape(0))
+    throw std::invalid_argument("x must be [rows, " + std::to_string(w.k) + "] and y [rows, " + std::to_string(w.n) +
+                                "]");
+  const auto [first, last] = blocks.value_or(std::pair<int64_t, int64_t>(0, blocks_of(w)));
+  if (first < 0 || last > blocks_of(w)) throw std::invalid_argument("blocks beyond the weight's");
+  const bool quantized = w.format == Format::int8 || w.format == Format::int4;
+  const int64_t count = int64_t(x.shape(0));
+  const Rows rows = buffer.rows(exact && quantized ? Format::bf16 : w.format, count, w.k, w.group);
+  pool.run([&](int thread) {
+    const int64_t begin = count * thread / pool.size(), end = count * (thread + 1) / pool.size();
+    kernels.prepare(x.data(), w.k, begin, end, rows);
+  });
+  return {rows, first, last, {y.data(), w.n, add}};
+}
+
+}  // namespace
+
+void bind_linear(nb::module_& m) {
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* table : kernels()) names.push_back(table->isa);
+    return names;
+  });
+
+  nb::class_<Pool>(m, "Pool")
+      .def("__init__",
+           [](Pool* self, int size) {
+             if (size < 1 || size > 1024) throw std::invalid_argument("a pool of 1 to 1024 threads");
+             new (self) Pool(size);
+           })
+      .def_prop_ro("size", &Pool::size);
+
+  nb::class_<HeldWeight>(m, "Weight")
+      .def("__init__",
+           [](HeldWeight* self, const std::string& format, int64_t n, int64_t k, int64_t group, const Part& data,
+              const Part& scales, const Part& sums,
+              const Part& offsets) { new (self) HeldWeight(held_weight(format, n, k, group, data, scales, sums, offsets)); },
+           nb::arg("format"), nb::arg("n"), nb::arg("k"), nb::arg("group"), nb::arg("data"),
+           nb::arg("scales").none(), nb::arg("sums").none(), nb::arg("offsets").none())
+      .def_prop_ro("n", [](const HeldWeight& self) { return self.weight.n; })
+      .def_prop_ro("k", [](const HeldWeight& self) { return self.weight.k; });
+
+  m.def(
+      "linear",
+      [](Pool& pool, const std::string& isa, const HeldWeight& held, Array<const float> x, Array<float> y,
+         std::optional<std::pair<int64_t, int64_t>> blocks, bool exact, bool add) {
+        const Kernels& kernels = kernels_named(isa);
+        RowsBuffer buffer;
+        nb::gil_scoped_release released;
+        const Request r = request(pool, kernels, buffer, held.weight, x, y, blocks, exact, add);
+        spread(pool, r.first, r.last,
+               [&](int64_t begin, int64_t end) { kernels.linear(held.weight, r.rows, begin, end, r.out); });
+      },
+      nb::arg("pool"), nb::arg("isa"), nb::arg("weight"), nb::arg("x"), nb::arg("y"),
+      nb::arg("blocks") = nb::none(), nb::arg("exact") = false, nb::arg("add") = false);
+
+  m.def(
+      "swiglu",
+      [](Pool& pool, const std::string& isa, const HeldWeight& w1, const HeldWeight& w3, Array<const float> x,
+         Array<float> y, bool exact, bool add) {
+        const Kernels& kernels = kernels_named(isa);
+        if (w1.weight.format != w3.weight.format || w1.weight.n != w3.weight.n || w1.weight.k != w3.weight.k ||
+            w1.weight.group != w3.weight.group)
+          throw std::invalid_argument("w1 and w3 must have one shape and format");
+        RowsBuffer buffer;
+        nb::gil_scoped_release released;
+        const Request r = request(pool, kernels, buffer, w1.weight, x, y, std::nullopt, exact, add);
+        spread(pool, r.first, r.last,
+               [&](int64_t begin, int64_t end) { kernels.swiglu(w1.weight, w3.weight, r.rows, begin, end, r.out); });
+      },
+      nb::arg("pool"), nb::arg("isa"), nb::arg("w1"), nb::arg("w3"), nb::arg("x"), nb::arg("y"),
+      nb::arg("exact") = false, nb::arg("add") = false);
+}
+
+}  // namespace maestrale

@@ -1,0 +1,34 @@
+// The kernels of one instruction set as a table of functions, and the choice among the tables at run time.
+//
+// Each set is compiled in a file of its own, kernels_SET.cpp: standard headers first, then `#pragma GCC target`, then
+// simd_SET.h (what the set's registers can do) and the .inl files, which say each kernel once in those terms.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "linear.h"
+
+namespace maestrale {
+
+struct Kernels {
+  const char* isa;
+
+  // Fills rows t of [first, last) from x[t * stride + i].
+  void (*prepare)(const float* x, int64_t stride, int64_t first, int64_t last, const Rows& rows);
+
+  // rows times blocks [first, last) of w.
+  void (*linear)(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out);
+
+  // silu(rows times w1) * (rows times w3), the same bits as in three steps; w1 and w3 have one shape and format.
+  void (*swiglu)(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
+                 const Output& out);
+};
+
+// The tables that this processor can run, the fastest first; the last is `generic`.
+const std::vector<const Kernels*>& kernels();
+
+// The table of that name, the fastest for an empty name; null where the processor (or the build) has none.
+const Kernels* find_kernels(const std::string& isa);
+
+}  // namespace maestrale

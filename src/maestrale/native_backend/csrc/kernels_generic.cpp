@@ -1,0 +1,16 @@
+// Any processor: plain C++ that the compiler may vectorize for its baseline.
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace maestrale::generic {
+#include "simd_generic.h"
+#include "math.inl"
+#include "prepare.inl"
+#include "linear.inl"
+
+extern const Kernels table;
+const Kernels table = {"generic", prepare, linear, swiglu};
+}  // namespace maestrale::generic

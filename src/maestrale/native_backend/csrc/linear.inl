@@ -1,0 +1,239 @@
+// Linear layers: tiles of a few rows times a few blocks of 16 outputs, whose sums stay in registers over all inputs.
+//
+// A tile's size never shows in its bits: every lane of every sum adds the inputs in ascending order.
+
+// Where a tile stands: its rows' and blocks' first bytes, and from one to the next.
+struct Place {
+  const uint8_t* x;
+  int64_t x_stride;
+  const uint8_t* w;
+  int64_t w_stride;
+};
+
+template <int R, int V>
+inline void put(const Floats (&sums)[R][V], const Weight& w, int64_t row, int64_t block, const Output& out) {
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) {
+      const int64_t o = (block + v) * kBlock;
+      float* y = out.y + (row + r) * out.stride + o;
+      if (o + kBlock <= w.n)
+        store(y, out.add ? load(y) + sums[r][v] : sums[r][v]);
+      else
+        store_first(y, out.add ? load_first(y, w.n - o) + sums[r][v] : sums[r][v], w.n - o);
+    }
+}
+
+inline uint32_t four_bytes(const uint8_t* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+// A product of rows and weights of one format, 64 bytes of a block and 4 bytes of a row at a time.
+struct FloatProduct {
+  using Sum = Floats;
+  static constexpr int64_t kInputs = 1;
+  static Floats start(const Weight&, int64_t) { return floats(0); }
+  static Floats load_weights(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
+  static Floats add(Floats s, Floats w, const uint8_t* x) {
+    float value;
+    std::memcpy(&value, x, 4);
+    return fma(w, floats(value), s);
+  }
+  static Floats finish(Floats s, const Weight&, const Rows&, int64_t, int64_t) { return s; }
+};
+
+struct PairProduct {
+  using Sum = Floats;
+  static constexpr int64_t kInputs = 2;
+  static Floats start(const Weight&, int64_t) { return floats(0); }
+  static Pairs load_weights(const uint8_t* p) { return load_pairs(p); }
+  static Floats add(Floats s, Pairs w, const uint8_t* x) { return dot_pairs(s, w, four_bytes(x)); }
+  static Floats finish(Floats s, const Weight&, const Rows&, int64_t, int64_t) { return s; }
+};
+
+struct ByteProduct {
+  using Sum = Ints;
+  static constexpr int64_t kInputs = 4;
+  static Ints start(const Weight& w, int64_t block) {  // what rows of q + 128 bring in too much
+    return kUnsignedRows ? ints(0) - left<7>(load(w.sums + block * kBlock)) : ints(0);
+  }
+  static Bytes load_weights(const uint8_t* p) { return load_bytes(p); }
+  static Ints add(Ints s, Bytes w, const uint8_t* x) { return dot_bytes(s, w, four_bytes(x)); }
+  static Floats finish(Ints s, const Weight& w, const Rows& rows, int64_t row, int64_t block) {
+    return to_floats(s) * load(w.row_scales + block * kBlock) * floats(rows.scales[row]);
+  }
+};
+
+template <class Product>
+struct Plain {
+  template <int R, int V>
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out) {
+    const int64_t steps = (w.k + Product::kInputs - 1) / Product::kInputs;
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * steps * 64;
+    const uint8_t* x = static_cast<const uint8_t*>(rows.data) + row * rows.stride;
+    typename Product::Sum sums[R][V];
+    for (int v = 0; v < V; ++v)
+      for (int r = 0; r < R; ++r) sums[r][v] = Product::start(w, block + v);
+    for (int64_t step = 0; step < steps; ++step)
+      for (int v = 0; v < V; ++v) {
+        const auto weights = Product::load_weights(data + (v * steps + step) * 64);
+        for (int r = 0; r < R; ++r) sums[r][v] = Product::add(sums[r][v], weights, x + r * rows.stride + step * 4);
+      }
+    Floats results[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) results[r][v] = Product::finish(sums[r][v], w, rows, row + r, block + v);
+    put<R, V>(results, w, row, block, out);
+  }
+};
+
+// int4: exact integer sums within a group, fp32 sums over the groups in ascending order.
+struct Grouped {
+  template <int R, int V>
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out) {
+    const int64_t groups = w.k / w.group, steps = w.group / 8;
+    const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * groups * steps * 64;
+    const uint8_t* x = static_cast<const uint8_t*>(rows.data) + row * rows.stride;
+    Floats totals[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) totals[r][v] = floats(0);
+    for (int64_t g = 0; g < groups; ++g) {
+      Ints sums[R][V];
+      for (int r = 0; r < R; ++r) {
+        const int32_t row_sum = rows.sums[(row + r) * groups + g];
+        for (int v = 0; v < V; ++v) sums[r][v] = ints(w.offsets ? 0 : -8 * row_sum);
+      }
+      for (int64_t step = g * steps; step < (g + 1) * steps; ++step)
+        for (int v = 0; v < V; ++v) {
+          const Bytes both = load_bytes(data + (v * groups * steps + step) * 64);
+          const Bytes low = low_nibbles(both), high = high_nibbles(both);
+          for (int r = 0; r < R; ++r) {
+            const uint8_t* at = x + r * rows.stride + step * 8;
+            sums[r][v] = dot_nibbles(dot_nibbles(sums[r][v], low, four_bytes(at)), high, four_bytes(at + 4));
+          }
+        }
+      for (int v = 0; v < V; ++v) {
+        const int64_t at = ((block + v) * groups + g) * kBlock;
+        const Floats scale = load_half(w.scales + at);
+        for (int r = 0; r < R; ++r) totals[r][v] = fma(to_floats(sums[r][v]), scale, totals[r][v]);
+        if (w.offsets)
+          for (int r = 0; r < R; ++r)
+            totals[r][v] = fma(load(w.offsets + at), floats(float(rows.sums[(row + r) * groups + g])), totals[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) totals[r][v] = totals[r][v] * floats(rows.scales[row + r]);
+    put<R, V>(totals, w, row, block, out);
+  }
+};
+
+// int8 and int4 weights with bf16 rows: every weight is widened to fp32 and multiplied there.
+struct Exact {
+  template <int R, int V>
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out) {
+    Floats totals[R][V];
+    for (int v = 0; v < V; ++v) {
+      for (int r = 0; r < R; ++r) totals[r][v] = floats(0);
+      if (w.format == Format::int8)
+        bytes<R, V>(w, rows, row, block, v, totals);
+      else
+        nibbles<R, V>(w, rows, row, block, v, totals);
+    }
+    put<R, V>(totals, w, row, block, out);
+  }
+
+ private:
+  static const uint16_t* x_of(const Rows& rows, int64_t row) {
+    return reinterpret_cast<const uint16_t*>(static_cast<const uint8_t*>(rows.data) + row * rows.stride);
+  }
+
+  static Floats widened(uint16_t x) { return bits_to_floats(ints(int32_t(uint32_t(x) << 16))); }
+
+  template <int R, int V>
+  static void bytes(const Weight& w, const Rows& rows, int64_t row, int64_t block, int v, Floats (&totals)[R][V]) {
+    const int64_t steps = (w.k + 3) / 4;
+    const int32_t* data = static_cast<const int32_t*>(w.data) + (block + v) * steps * kBlock;
+    for (int64_t step = 0; step < steps; ++step) {
+      const Ints four = load(data + step * kBlock);
+      const Floats q[4] = {to_floats(right<24>(left<24>(four))), to_floats(right<24>(left<16>(four))),
+                           to_floats(right<24>(left<8>(four))), to_floats(right<24>(four))};
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 4; ++j)  // a row is padded with zeros beyond k
+          totals[r][v] = fma(q[j], widened(x_of(rows, row + r)[step * 4 + j]), totals[r][v]);
+    }
+    for (int r = 0; r < R; ++r) totals[r][v] = totals[r][v] * load(w.row_scales + (block + v) * kBlock);
+  }
+
+  template <int R, int V>
+  static void nibbles(const Weight& w, const Rows& rows, int64_t row, int64_t block, int v, Floats (&totals)[R][V]) {
+    const int64_t steps = w.k / 8, groups = w.k / w.group;
+    const int32_t* data = static_cast<const int32_t*>(w.data) + (block + v) * steps * kBlock;
+    for (int64_t step = 0; step < steps; ++step) {
+      const Ints all = load(data + step * kBlock), mask = ints(15);
+      const int64_t at = ((block + v) * groups + step * 8 / w.group) * kBlock;
+      const Floats scale = load_half(w.scales + at);
+      const Floats offset = w.offsets ? load(w.offsets + at) : floats(-8) * scale;
+      const Ints q[8] = {all & mask,          right<8>(all) & mask,  right<16>(all) & mask, right<24>(all) & mask,
+                         right<4>(all) & mask, right<12>(all) & mask, right<20>(all) & mask, right<28>(all) & mask};
+      for (int j = 0; j < 8; ++j) {
+        const Floats value = fma(to_floats(q[j]), scale, offset);
+        for (int r = 0; r < R; ++r)
+          totals[r][v] = fma(value, widened(x_of(rows, row + r)[step * 8 + j]), totals[r][v]);
+      }
+    }
+  }
+};
+
+template <class Kind, int V>
+inline void every_row(const Weight& w, const Rows& rows, int64_t block, const Output& out) {
+  int64_t row = 0;
+  for (; rows.count - row >= kTileRows; row += kTileRows) Kind::template tile<kTileRows, V>(w, rows, row, block, out);
+  if constexpr (kTileRows > 4)
+    for (; rows.count - row >= 4; row += 4) Kind::template tile<4, V>(w, rows, row, block, out);
+  for (; rows.count - row >= 2; row += 2) Kind::template tile<2, V>(w, rows, row, block, out);
+  for (; row < rows.count; ++row) Kind::template tile<1, V>(w, rows, row, block, out);
+}
+
+template <class Kind>
+inline void every_block(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
+  int64_t block = first;
+  for (; last - block >= kTileBlocks; block += kTileBlocks) every_row<Kind, kTileBlocks>(w, rows, block, out);
+  if constexpr (kTileBlocks > 1)
+    for (; block < last; ++block) every_row<Kind, 1>(w, rows, block, out);
+}
+
+inline void linear(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
+  if (w.format == Format::f32) return every_block<Plain<FloatProduct>>(w, rows, first, last, out);
+  if (w.format == Format::bf16) return every_block<Plain<PairProduct>>(w, rows, first, last, out);
+  if (rows.format == Format::bf16) return every_block<Exact>(w, rows, first, last, out);
+  if (w.format == Format::int8) return every_block<Plain<ByteProduct>>(w, rows, first, last, out);
+  every_block<Grouped>(w, rows, first, last, out);
+}
+
+// A few blocks and rows at a time, so that what the two products leave is still near when it is joined.
+inline void swiglu(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
+                   const Output& out) {
+  constexpr int64_t kBlocks = 4, kRows = 48, kWide = kBlocks * kBlock;
+  float gate[kRows * kWide], up[kRows * kWide];
+  for (int64_t block = first; block < last; block += kBlocks) {
+    const int64_t end = block + kBlocks < last ? block + kBlocks : last, o = block * kBlock;
+    const int64_t wide = (end * kBlock < w1.n ? end * kBlock : w1.n) - o;
+    for (int64_t row = 0; row < rows.count; row += kRows) {
+      Rows some = rows;
+      some.count = rows.count - row < kRows ? rows.count - row : kRows;
+      some.data = static_cast<uint8_t*>(rows.data) + row * rows.stride;
+      if (rows.scales) some.scales += row;
+      if (rows.sums) some.sums += row * (rows.k / rows.group);
+      linear(w1, some, block, end, {gate - o, kWide});
+      linear(w3, some, block, end, {up - o, kWide});
+      for (int64_t t = 0; t < some.count; ++t)
+        for (int64_t i = 0; i < wide; i += kBlock) {
+          const int64_t n = wide - i < kBlock ? wide - i : kBlock;
+          const Floats a = load_first(gate + t * kWide + i, n), b = load_first(up + t * kWide + i, n);
+          float* y = out.y + (row + t) * out.stride + o + i;
+          const Floats product = silu(a) * b;
+          store_first(y, out.add ? load_first(y, n) + product : product, n);
+        }
+    }
+  }
+}

@@ -1,0 +1,8 @@
+// The extension module: what Python sees of the kernels. Each part registers its own names.
+#include "module.h"
+
+NB_MODULE(_native, m) {
+  m.doc() = "C++ kernels of Maestrale's native backend";
+  maestrale::bind_linear(m);
+  maestrale::bind_model(m);
+}

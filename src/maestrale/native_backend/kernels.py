@@ -1,0 +1,56 @@
+"""The C++ kernels as Python sees them: which set this processor runs, and weights and products on them.
+
+The extension module is built at install (setup.py); where it is missing, `missing()` says so in one line.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maestrale.checkpoint.packed import PackedWeight
+from maestrale.errors import UsageError
+
+native: Any = None
+try:
+    native = import_module("maestrale.native_backend._native")
+except ImportError as error:
+    _why = str(error)
+
+ISA = "MAESTRALE_ISA"  # the environment variable that forces a set
+
+
+def missing() -> str | None:
+    """Why there are no kernels, in one line with the remedy; None where there are."""
+    if native is not None:
+        return None
+    return f"the native backend's kernels are not built ({_why}); install a C++20 compiler and install maestrale again"
+
+
+def choose_isa(name: str | None = None) -> str:
+    """The instruction set to use: `name`, else what MAESTRALE_ISA says, else the fastest that the processor has."""
+    if native is None:
+        raise UsageError(str(missing()))
+    has = native.isas()
+    wanted = name or os.environ.get(ISA) or has[0]
+    if wanted not in has:
+        raise UsageError(f"{ISA}: expected one of {', '.join(has)} on this processor, got {wanted!r}")
+    return wanted
+
+
+def weight(packed: PackedWeight) -> Any:
+    """A packed weight as the kernels take it: its arrays where they lie, not copied."""
+    (n, k), parts = packed.shape, packed.parts
+    optional = [parts.get(name) for name in ("scales", "sums", "offsets")]
+    return native.Weight(packed.format, n, k, packed.group, parts["data"], *optional)
+
+
+def linear(pool: Any, isa: str, weight: Any, x: NDArray[np.float32], exact: bool = False) -> NDArray[np.float32]:
+    """x [rows, k] times the weight's [n, k] transposed. exact: nothing is quantized but the weight."""
+    y = np.empty((len(x), weight.n), np.float32)
+    native.linear(pool, isa, weight, np.ascontiguousarray(x, np.float32), y, exact=exact)
+    return y
