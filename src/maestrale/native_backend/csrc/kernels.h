@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "linear.h"
 
 namespace maestrale {
@@ -23,6 +24,18 @@ struct Kernels {
   // silu(rows times w1) * (rows times w3), the same bits as in three steps; w1 and w3 have one shape and format.
   void (*swiglu)(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
                  const Output& out);
+
+  // y = x / sqrt(mean(x²) + eps) * weight, n entries (N3).
+  void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+
+  // y[e] = the product of x and row e of gate [experts][n].
+  void (*scores)(const float* gate, int64_t experts, const float* x, int64_t n, float* y);
+
+  // x += the sum over k of weights[k] * rows[k], in the order of k.
+  void (*mix)(float* x, const float* const* rows, const float* weights, int64_t count, int64_t n);
+
+  WriteKeys write_keys;
+  AttendSpan attend;
 };
 
 // The tables that this processor can run, the fastest first; the last is `generic`.

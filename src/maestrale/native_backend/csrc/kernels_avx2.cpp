@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -20,9 +21,11 @@ namespace maestrale::avx2 {
 #include "math.inl"
 #include "prepare.inl"
 #include "linear.inl"
+#include "rows.inl"
+#include "attention.inl"
 
 extern const Kernels table;
-const Kernels table = {"avx2", prepare, linear, swiglu};
+const Kernels table = {"avx2", prepare, linear, swiglu, norm, scores, mix, write_keys, attend};
 }  // namespace maestrale::avx2
 
 #if defined(__clang__)

@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -10,7 +11,9 @@ namespace maestrale::generic {
 #include "math.inl"
 #include "prepare.inl"
 #include "linear.inl"
+#include "rows.inl"
+#include "attention.inl"
 
 extern const Kernels table;
-const Kernels table = {"generic", prepare, linear, swiglu};
+const Kernels table = {"generic", prepare, linear, swiglu, norm, scores, mix, write_keys, attend};
 }  // namespace maestrale::generic

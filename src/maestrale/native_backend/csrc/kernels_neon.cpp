@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -20,9 +21,11 @@ namespace maestrale::neon {
 #include "math.inl"
 #include "prepare.inl"
 #include "linear.inl"
+#include "rows.inl"
+#include "attention.inl"
 
 extern const Kernels table;
-const Kernels table = {"neon", prepare, linear, swiglu};
+const Kernels table = {"neon", prepare, linear, swiglu, norm, scores, mix, write_keys, attend};
 }  // namespace maestrale::neon
 
 #if defined(__clang__)
