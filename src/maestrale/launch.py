@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from typing import cast
 
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
+from maestrale.batch import Runner
 from maestrale.config import ModelConfig
 from maestrale.engine.engine import Engine
 from maestrale.engine.layout import longest_fit, make_layout, sequence_bytes
@@ -22,6 +24,10 @@ from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 BUNDLED = Path(__file__).parent / "models"
 
 
+_BACKENDS = ("auto", "native", "torch")
+_WEIGHTS = ("auto", "bf16", "int8", "int4")
+_BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
 _MAX_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step where nothing else is asked for
 
 
@@ -37,16 +43,24 @@ class Options:
     max_batch_tokens: int | None = None
     max_sequences: int = 64
     ignore_unexpected: bool = False
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A model that is ready to run. tokenizer_error: why there is none, where there is none."""
+    """A model that is ready to run, and on what. tokenizer_error: why there is none, where there is none.
+
+    dtype: what it computes in, a safetensors name. tensor_bytes: what each tensor takes in memory, by canonical name.
+    """
 
     config: ModelConfig
     engine: Engine
     tokenizer: Tokenizer | None
     tokenizer_error: CheckpointError | None
+    backend: str
+    device: str
+    dtype: str
+    tensor_bytes: dict[str, float]
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -78,14 +92,14 @@ def launch(
     with open_checkpoint(model_folder(path), options.ignore_unexpected) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
-        device = _device(options.device)
-        wanted = "bfloat16" if options.weights == "bf16" else options.dtype
-        dtype = read_dtype(wanted, checkpoint.dtype)
+        backend, device = _backend(options)
+        dtype, weights = _formats(options, backend, checkpoint)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
-        memory, weight_bytes = _memory(device), _weight_bytes(checkpoint, dtype)
+        tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
+        memory, weight_bytes = _memory(device), int(sum(tensor_bytes.values()))
         if weight_bytes > memory:
             raise MemoryLimitError(
-                f"{checkpoint.folder}: the weights take {weight_bytes / 2**30:.1f} GiB as {dtype}, "
+                f"{checkpoint.folder}: the weights take {weight_bytes / 2**30:.1f} GiB as {weights}, "
                 f"{memory / 2**30:.1f} GiB are to be had on {device}"
             )
         layout = make_layout(
@@ -96,22 +110,78 @@ def launch(
             element_bytes=byte_count(dtype, (1,)),
             budget=cache_budget(memory, weight_bytes),
         )
-        from maestrale.torch_backend.runner import open_runner
+        runner: Runner
+        if backend == "native":
+            from maestrale.native_backend.runner import choose_threads
+            from maestrale.native_backend.runner import open_runner as open_native
 
-        runner = open_runner(checkpoint, layout, dtype, device, progress)
-    return Launched(config, Engine(runner, config.vocab_size, tokenizer, options.max_sequences), tokenizer, problem)
+            runner = open_native(checkpoint, layout, dtype, weights, choose_threads(options.threads), progress)
+        else:
+            from maestrale.torch_backend.runner import open_runner as open_torch
+
+            runner = open_torch(checkpoint, layout, dtype, device, progress)
+    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences)
+    return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes)
 
 
 def _check(options: Options) -> None:
-    read_dtype(options.dtype, "")  # a word that it cannot read is refused before anything is opened
-    if options.weights not in ("auto", "bf16"):
-        raise UsageError(f"weights {options.weights!r}: expected auto or bf16")
+    """What can be refused before anything is opened."""
+    read_dtype(options.dtype, "")
+    for name, value, known in (("weights", options.weights, _WEIGHTS), ("backend", options.backend, _BACKENDS)):
+        if value not in known:
+            raise UsageError(f"{name} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
     if options.weights == "bf16" and options.dtype not in ("auto", "bfloat16", "bf16"):
         raise UsageError(f"weights bf16 and dtype {options.dtype} contradict each other: give one of them")
-    if options.backend not in ("auto", "torch"):
-        raise UsageError(f"backend {options.backend!r}: expected auto or torch")
-    if find_spec("torch") is None:
-        raise UsageError("no backend is installed: run  pip install 'maestrale[torch]'")
+    if options.device != "auto" and options.device.split(":")[0] not in _MAX_CHUNK:
+        raise UsageError(f"device {options.device!r}: expected auto, cpu, cuda, cuda:1 …")
+
+
+def _backend(options: Options) -> tuple[str, str]:
+    """The backend's name, and that of a device on which it works; UsageError, with the remedy, where there is none.
+
+    auto is torch where it is installed and finds a GPU, else native where its kernels are built, else torch.
+    """
+    from maestrale.native_backend.kernels import missing
+
+    torch = find_spec("torch") is not None
+    on_cpu, quantized = options.device in ("auto", "cpu"), options.weights in ("int8", "int4")
+    float16 = read_dtype(options.dtype, "") == "F16"
+    backend = options.backend
+    if backend == "auto" and torch and not quantized and (float16 or not on_cpu or missing() is not None):
+        backend = "torch"
+    if backend == "auto" and torch and not quantized and options.device == "auto" and _may_have_gpu():
+        if (device := _torch_device("auto")) != "cpu":
+            return "torch", device
+    if backend == "torch":
+        if not torch:
+            raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
+        if quantized:
+            raise UsageError(f"weights {options.weights}: the torch backend does not quantize; take backend native")
+        return "torch", _torch_device(options.device)
+    if (reason := missing()) is not None:
+        also = "" if torch else "; or run  pip install 'maestrale[torch]'"
+        raise UsageError(reason + also)
+    if not on_cpu or float16:
+        what = "dtype float16" if on_cpu else f"device {options.device}"
+        remedy = "take backend torch" if torch else "run  pip install 'maestrale[torch]'"
+        raise UsageError(f"{what}: the native backend runs on the CPU, in float32 or bfloat16; {remedy}")
+    return "native", "cpu"
+
+
+def _formats(options: Options, backend: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """What is computed in, and what the weights of linear layers are (a format of packed.py; of torch, the dtype)."""
+    if backend == "torch":
+        dtype = read_dtype("bfloat16" if options.weights == "bf16" else options.dtype, checkpoint.dtype)
+        return dtype, dtype
+    stored = "F32" if checkpoint.dtype == "F32" and options.weights == "auto" else "BF16"
+    dtype = read_dtype(options.dtype, stored)
+    held = {checkpoint.storage(name)[0] for name in checkpoint.names() if _is_packed(checkpoint, name)}
+    if held and options.weights != "auto" and options.weights not in held:
+        raise UsageError(
+            f"weights {options.weights}: {checkpoint.folder} holds {', '.join(sorted(held))} already; "
+            "quantize the folder that it was made from"
+        )
+    return dtype, {"F32": "f32", "BF16": "bf16"}[dtype] if options.weights == "auto" else options.weights
 
 
 def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer | None, CheckpointError | None]:
@@ -123,10 +193,13 @@ def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer
         return None, error
 
 
-def _device(device: str) -> str:
+def _may_have_gpu() -> bool:
+    """Whether it is worth asking torch, which takes a second to import: some driver has left its mark."""
+    return sys.platform == "win32" or any(map(os.path.exists, _GPU_DRIVERS))
+
+
+def _torch_device(device: str) -> str:
     """The name of a device that works; UsageError where it does not."""
-    if device != "auto" and device.split(":")[0] not in _MAX_CHUNK:
-        raise UsageError(f"device {device!r}: expected auto, cpu, cuda, cuda:1 …")
     import torch
 
     if device == "auto":
@@ -146,5 +219,21 @@ def _memory(device: str) -> int:
     return torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else available_memory()
 
 
-def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    return sum(byte_count(dtype, tensor.shape) for tensor in tensor_plan(checkpoint.config).values())
+def _tensor_bytes(checkpoint: Checkpoint, backend: str, dtype: str, weights: str) -> dict[str, float]:
+    plan, config = tensor_plan(checkpoint.config), checkpoint.config
+    if backend == "torch":
+        return {name: byte_count(dtype, tensor.shape) for name, tensor in plan.items()}
+    bits = {name: _BITS["f32"] for name in plan}
+    for name, tensor in plan.items():
+        if name == "tok_embeddings.weight" or _is_packed(checkpoint, name):
+            bits[name] = checkpoint.storage(name)[1] if hasattr(checkpoint, "storage") else 16
+        elif len(tensor.shape) == 2 and not name.endswith("gate.weight"):
+            bits[name] = _BITS[weights]
+    sizes = {name: tensor.size * bits[name] / 8 for name, tensor in plan.items()}
+    if config.tied_embeddings:  # the head is packed besides
+        sizes["output.weight"] = plan["tok_embeddings.weight"].size * _BITS[weights] / 8
+    return sizes
+
+
+def _is_packed(checkpoint, name):
+    return hasattr(checkpoint, "storage") and checkpoint.storage(name)[0] in ("int8", "int4")

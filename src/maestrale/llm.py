@@ -27,11 +27,13 @@ class LLM:
 
     path: a native (params.json) or Hugging Face (config.json) folder; None is the bundled model.
     dtype: what it computes in: "auto" (as stored), "float32", "bfloat16", "float16".
-    weights: "auto" (as stored) or "bf16". device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" or "torch".
+    weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded.
+    device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" (torch on a GPU, else native), "native", "torch".
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
+    threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
@@ -50,9 +52,12 @@ class LLM:
         max_sequences: int = 64,
         ignore_unexpected: bool = False,
         require_tokenizer: bool = False,
+        threads: int | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
-        options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
+        options = Options(
+            dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected, threads
+        )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._news: dict[Request, deque[Completion]] = {}

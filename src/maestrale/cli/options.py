@@ -26,7 +26,16 @@ Dtype = Annotated[
     str, typer.Option(help="Compute in float32, bfloat16, float16 or auto (as stored).", rich_help_panel=MODEL)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=MODEL)]
-Backend = Annotated[str, typer.Option(help="auto or torch.", rich_help_panel=MODEL)]
+Weights = Annotated[
+    str, typer.Option(help="auto (as stored), bf16, int8 or int4 (quantized while loading).", rich_help_panel=MODEL)
+]
+Backend = Annotated[
+    str, typer.Option(help="auto (torch on a GPU, else native), native or torch.", rich_help_panel=MODEL)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads of the native backend; all cores where not said.", show_default=False, rich_help_panel=MODEL),
+]
 MaxLen = Annotated[
     int | None,
     typer.Option(help="Longest prompt and completion together, in tokens.", show_default=False, rich_help_panel=MODEL),

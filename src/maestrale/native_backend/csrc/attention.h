@@ -30,6 +30,11 @@ struct HeadLayout {
   int64_t size() const { return tiles * (key_size() + value_size()); }
 };
 
+inline HeadLayout head_layout(int64_t head_dim, int64_t page_size, bool half) {
+  const auto tiles = [](int64_t n) { return (n + kTile - 1) / kTile; };
+  return {head_dim, tiles(head_dim) * kTile, page_size, tiles(page_size), half};
+}
+
 // One layer's part of the pool of its kind.
 struct CacheView {
   uint32_t* base;         // page 0, this layer, head 0

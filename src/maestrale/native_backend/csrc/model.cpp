@@ -10,8 +10,6 @@ namespace maestrale {
 
 namespace {
 
-int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
-
 void demand(bool fits, const char* what) {
   if (!fits) throw std::invalid_argument(std::string("a step does not fit the model: ") + what);
 }
@@ -34,7 +32,7 @@ float from_half(uint16_t bits) {
 
 Model::Model(Shape shape, int64_t page_size, bool half, bool exact, const Kernels& kernels, int threads)
     : shape_(std::move(shape)),
-      head_{shape_.head_dim, padded(shape_.head_dim), page_size, (page_size + kTile - 1) / kTile, half},
+      head_(head_layout(shape_.head_dim, page_size, half)),
       kernels_(kernels),
       shared_(exact),
       orders_(threads),
