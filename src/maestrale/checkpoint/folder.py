@@ -5,22 +5,22 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from maestrale.checkpoint import hf, mistral
+from maestrale.checkpoint import hf, mistral, packed_room
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.errors import CheckpointError
 
-ROOMS = {"mistral": mistral, "hf": hf}  # in order of preference
+ROOMS = {"packed": packed_room, "mistral": mistral, "hf": hf}  # in order of preference
 ACCEPTED = (
-    "params.json with consolidated.safetensors, its shards and consolidated.safetensors.index.json, "
-    "consolidated.00.pth or consolidated.0*.pt; or config.json with model.safetensors, or its shards and "
-    "model.safetensors.index.json"
+    "params.json with packed.safetensors, or with consolidated.safetensors, its shards and "
+    "consolidated.safetensors.index.json, consolidated.00.pth or consolidated.0*.pt; or config.json with "
+    "model.safetensors, or its shards and model.safetensors.index.json"
 )
 
 
 def find_weights(folder: Path) -> tuple[str, dict[Path, list[str]]]:
     """The layout's name, and its weight files, each with the tensors that an index says it holds.
 
-    Where a folder has several, the choice is fixed and a warning tells it: native before Hugging Face, one
+    Where a folder has several, the choice is fixed and a warning tells it: packed, native, Hugging Face; one
     .safetensors file before shards, those before pickles.
     """
     try:
@@ -34,7 +34,7 @@ def find_weights(folder: Path) -> tuple[str, dict[Path, list[str]]]:
     whole = {name: kinds for name, kinds in choices.items() if kinds and (folder / ROOMS[name].CONFIG).exists()}
     if not whole:
         found = sorted({p.name for kinds in choices.values() for kind in kinds for p in kind})
-        found += [room.CONFIG for room in ROOMS.values() if (folder / room.CONFIG).exists()]
+        found += sorted({room.CONFIG for room in ROOMS.values() if (folder / room.CONFIG).exists()}, reverse=True)
         raise CheckpointError(
             f"{folder}: no model here; found {', '.join(found) or 'nothing of one'}; expected {ACCEPTED}"
         )
@@ -53,7 +53,7 @@ def find_weights(folder: Path) -> tuple[str, dict[Path, list[str]]]:
 def _weights(folder: Path, layout: str) -> list[list[Path]]:
     """The kinds of weights that are there, each as its files (of shards, the index), the preferred one first."""
     room = ROOMS[layout]
-    kinds = [[folder / name] for name in (room.WEIGHTS, room.INDEX) if (folder / name).exists()]
+    kinds = [[folder / name] for name in (room.WEIGHTS, room.INDEX) if name and (folder / name).exists()]
     if layout == "mistral" and (pickles := mistral.pickled_weights(folder)):
         kinds.append(pickles)
     return kinds

@@ -126,10 +126,12 @@ def write_safetensors(
     tensors: Iterable[StoredTensor],
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    alignment: int = 8,
 ) -> None:
     """One .safetensors file with `entries` (name, dtype, shape) in their order, `tensors` in the same order.
 
-    One tensor at a time is held. The bytes are those that the safetensors library writes for this order.
+    One tensor at a time is held. The first begins at a multiple of `alignment` bytes; with 8, the bytes are those
+    that the safetensors library writes for this order.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -141,7 +143,7 @@ def write_safetensors(
     if len(header) != len(entries) + bool(metadata):
         raise ValueError("two entries have one name")
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     done = 0
     with _writing(path) as write:
         write(len(text).to_bytes(8, "little") + text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections import Counter
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +21,12 @@ if TYPE_CHECKING:
 
 _LONGEST = (1 << 31) - 1  # positions that the engine counts to
 _CONTEXT = 32768  # where neither --length nor the folder says
+_LAYOUTS = {
+    "packed": "packed (params.json, packed.safetensors)",
+    "mistral": "native (params.json)",
+    "hf": "Hugging Face (config.json)",
+    "gguf": "GGUF",
+}
 
 
 def inspect(
@@ -59,7 +64,7 @@ def inspect(
 
 
 def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str) -> dict[str, Any]:
-    """What `--json` prints. Sizes in bytes, lengths in tokens.
+    """What `--json` prints. Sizes in bytes, lengths in tokens; weights.bits: stored for a weight, on average.
 
     cache.longest_context: the most tokens of each of `batch` sequences that fit memory.cache_budget; null where any
     length does, which windows in all layers make possible.
@@ -67,12 +72,10 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     from maestrale.checkpoint.dtypes import byte_count
     from maestrale.launch import longest_context
     from maestrale.memory import available_memory, cache_budget
-    from maestrale.plan import cache_bytes, count_parameters, tensor_plan
+    from maestrale.plan import cache_bytes, count_parameters
 
     config = checkpoint.config
-    stored: Counter[str] = Counter()
-    for name, tensor in tensor_plan(config).items():
-        stored[checkpoint.stored_dtype(name)] += byte_count(checkpoint.stored_dtype(name), tensor.shape)
+    stored = checkpoint.stored_bits()
     element_bytes = byte_count(dtype, (1,))
     total, active = count_parameters(config)
     weight_bytes, memory = total * element_bytes, available_memory()
@@ -88,7 +91,12 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
         "config": asdict(config),
         "parameters": {"total": total, "active": active},
         "tokenizer": _tokenizer(checkpoint.folder, config),
-        "weights": {"stored": dict(stored), "dtype": dtype, "bytes": weight_bytes},
+        "weights": {
+            "stored": {kind: bits // 8 for kind, bits in stored.items()},
+            "bits": round(stored.total() / total, 3),
+            "dtype": dtype,
+            "bytes": weight_bytes,
+        },
         "cache": {
             "length": length,
             "batch": batch,
@@ -125,7 +133,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     weights = facts["weights"]
     rows = [
         ("Model", facts["path"]),
-        ("layout", {"mistral": "native (params.json)", "hf": "Hugging Face (config.json)"}[facts["layout"]]),
+        ("layout", _LAYOUTS[facts["layout"]]),
         ("files", f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}, {_size(sum(files.values()))}"),
         ("tokenizer", facts["tokenizer"]["kind"] or f"none: {facts['tokenizer']['error']}"),
         ("parameters", f"{total:,}" if active == total else f"{total:,}, of which a token uses {active:,}"),
@@ -143,7 +151,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     longest = "any" if cache["longest_context"] is None else f"{cache['longest_context']:,} tokens"
     rows += [
         ("Memory", ""),
-        ("weights, stored", ", ".join(f"{_size(size)} of {dtype}" for dtype, size in weights["stored"].items())),
+        ("weights, stored", ", ".join(f"{_size(size)} of {kind}" for kind, size in weights["stored"].items())),
+        ("bits a weight", f"{weights['bits']:g}"),
         (f"weights, as {weights['dtype']}", _size(weights["bytes"])),
         ("cache", f"{_size(cache['bytes'])} at {cache['length']:,} tokens{sequences}"),
         ("without windows", _size(cache["bytes_without_windows"])),
