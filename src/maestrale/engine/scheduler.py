@@ -48,7 +48,7 @@ class Scheduler:
         step, budget = Schedule(), self.max_batch_tokens
         scheduled: set[Request] = set()
         short = False
-        decoding_first = sorted(self.running, key=lambda r: sum(s.pending for s in r.sequences) > len(r.sequences))
+        decoding_first = sorted(self.running, key=lambda r: any(s.pending > 1 for s in r.sequences))
         for request in decoding_first:
             self.prefixes.found += self.prefixes.look_up(request)  # what others have computed since
             while budget and request in self.running and (work := request.takes(budget)):
