@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Runner
 from maestrale.engine.assemble import assemble
+from maestrale.engine.confine import Suspects, as_ours
 from maestrale.engine.pages import Pages
 from maestrale.engine.prefix import PrefixCache
 from maestrale.engine.request import Completion, Request, Sequence
-from maestrale.engine.scheduler import Scheduler
+from maestrale.engine.scheduler import Schedule, Scheduler
 from maestrale.errors import RequestError
 from maestrale.sampling.beam import BeamSearch
 from maestrale.sampling.params import SamplingParams
@@ -42,6 +43,7 @@ class Engine:
         self.pages = Pages(runner.layout)
         self.prefixes = PrefixCache(self.pages, prefix_cache)
         self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
+        self.suspects = Suspects()
 
     def submit(
         self,
@@ -89,15 +91,20 @@ class Engine:
     def step(self) -> list[tuple[Request, Completion]]:
         """One batch. Gives, for each sequence that went on, what was added to it, as a Completion.
 
-        A request that failed has its `error` set and no pages any more; the others are not touched.
+        A request that failed has its `error` set and no pages any more; the others are not touched. When a step
+        fails, the next ones compute its requests one by one, and only who fails alone is at fault.
         """
-        schedule = self.scheduler.schedule()
+        suspect = self.suspects.next()
+        schedule = self.scheduler.schedule() if suspect is None else self.scheduler.schedule_alone(suspect)
         if not schedule.work:
             return []
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         try:
             logits = self.runner.step(assemble(schedule, wanted, len(self.pages.pools))).logits
-        except BaseException:  # Ctrl-C too: whoever is asked to go on after it must find whole pages
+        except Exception as error:
+            self._confine(schedule, error)
+            return []
+        except BaseException:  # Ctrl-C: whoever is asked to go on after it must find whole pages
             self.scheduler.undo(schedule)
             raise
         news: list[tuple[Request, Completion]] = []
@@ -107,7 +114,7 @@ class Engine:
             rows, row = logits[row : row + len(positions)], row + len(positions)
             try:
                 self._read_prompt_rows(sequence, positions, rows)
-            except RequestError as error:
+            except Exception as error:
                 self._fail(sequence.request, error)
             sequence.computed += count
             self.prefixes.publish(sequence)
@@ -116,12 +123,25 @@ class Engine:
         for request, last_rows in ready.items():
             try:
                 news += [(request, piece) for piece in self._advance(request, last_rows)]
-            except RequestError as error:
+            except Exception as error:
                 self._fail(request, error)
         return news
 
-    def _fail(self, request: Request, error: RequestError) -> None:
-        request.error = error
+    def _confine(self, schedule: Schedule, error: Exception) -> None:
+        requests = {sequence.request for sequence, _ in schedule.work}
+        if len(requests) == 1:
+            self._fail(requests.pop(), error)
+        else:
+            self.suspects.accuse(schedule)
+            self.scheduler.undo(schedule)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if request.finished:  # it has failed by another of its sequences
+            return
+        request.error = as_ours(error)
+        for sequence in request.sequences:
+            if sequence.table is not None:
+                self.pages.withdraw(sequence.table)  # nobody builds on what it computed
         self.abort(request)
 
     def _check_prompt(self, prompt: Items[int], params: SamplingParams) -> None:

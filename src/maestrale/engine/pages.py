@@ -106,6 +106,12 @@ class Pages:
                 pool.publish(int(table.entries[kind][page % ring]), keys[page])
         table.published = len(keys)
 
+    def withdraw(self, table: PageTable) -> None:
+        """None of the table's pages can be found any more."""
+        for kind, pool in enumerate(self.pools):
+            for page in self.held(table, kind):
+                pool.withdraw(page)
+
     def find(self, keys: Sequence[bytes]) -> int:
         """How many whole pages from the beginning, at most, a table can be given: of each kind of layer all are
         there that the next position sees."""

@@ -66,6 +66,19 @@ class Scheduler:
             self._admit(step, budget)
         return step
 
+    def schedule_alone(self, request: Request) -> Schedule:
+        """A step of one request, to which the others give way where pages are short."""
+        step = Schedule()
+        while True:
+            if request in self.running:
+                granted = self._grant(request.takes(self.max_batch_tokens), step)
+            else:
+                granted = self._start(request, step, self.max_batch_tokens) > 0
+            others = [other for other in self.running if other is not request]
+            if granted or not others:
+                return step
+            self._preempt(others[-1])
+
     def undo(self, schedule: Schedule) -> None:
         """A step that broke off may have left pages uncopied or half written: all that took part compute again."""
         for request in reversed(list(dict.fromkeys(sequence.request for sequence, _ in schedule.work))):
@@ -75,18 +88,25 @@ class Scheduler:
         places = self.max_sequences - sum(request.width for request in self.running)
         while self.waiting and budget > 0 and (self.waiting[0].width <= places or not self.running):
             request = self.waiting[0]
-            for sequence in request.sequences:
-                sequence.table = self.pages.new_table()
-            found = self.prefixes.look_up(request)
-            work = request.takes(budget)
-            if not self._grant(work, step):
-                self._release(request)
+            if not (taken := self._start(request, step, budget)):
                 break
-            self.running.append(self.waiting.popleft())
-            self.prefixes.asked += sum(len(sequence.tokens) for sequence in request.sequences)
-            self.prefixes.found += found
-            budget -= sum(count for _, count in work)
+            budget -= taken
             places -= request.width
+
+    def _start(self, request: Request, step: Schedule, budget: int) -> int:
+        """Lets a request that waits run, with a part in this step: how many tokens; 0 where that cannot be now."""
+        for sequence in request.sequences:
+            sequence.table = self.pages.new_table()
+        found = self.prefixes.look_up(request)
+        work = request.takes(budget)
+        if not work or not self._grant(work, step):
+            self._release(request)
+            return 0
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.prefixes.asked += sum(len(sequence.tokens) for sequence in request.sequences)
+        self.prefixes.found += found
+        return sum(count for _, count in work)
 
     def _grant(self, work: list[tuple[Sequence, int]], step: Schedule) -> bool:
         spans = [(s.table, s.computed, s.computed + count) for s, count in work if s.table is not None]
