@@ -44,6 +44,7 @@ class Options:
     max_sequences: int = 64
     ignore_unexpected: bool = False
     threads: int | None = None
+    prefix_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def launch(
             from maestrale.torch_backend.runner import open_runner as open_torch
 
             runner = open_torch(checkpoint, layout, dtype, device, progress)
-    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences)
+    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences, prefix_cache=options.prefix_cache)
     return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes)
 
 

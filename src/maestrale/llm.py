@@ -34,6 +34,7 @@ class LLM:
     max_sequences: most sequences that run at once; others wait.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
+    prefix_cache: keep the pages of what was computed, for prompts that begin alike; text does not depend on it.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
@@ -53,10 +54,20 @@ class LLM:
         ignore_unexpected: bool = False,
         require_tokenizer: bool = False,
         threads: int | None = None,
+        prefix_cache: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
-            dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected, threads
+            dtype,
+            weights,
+            device,
+            backend,
+            max_len,
+            max_batch_tokens,
+            max_sequences,
+            ignore_unexpected,
+            threads,
+            prefix_cache,
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine

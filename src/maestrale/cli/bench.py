@@ -129,7 +129,14 @@ class Stand:
         self.slack = 2 * max(sizes) + 1
         longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
         options = Options(
-            dtype, weights, device, backend, max_len=longest, max_sequences=max(sizes), threads=threads
+            dtype,
+            weights,
+            device,
+            backend,
+            max_len=longest,
+            max_sequences=max(sizes),
+            threads=threads,
+            prefix_cache=False,
         )
         self.launched: Launched = launch(path, options, progress=progress)
         self.config, self.engine = self.launched.config, self.launched.engine

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Runner
 from maestrale.engine.assemble import assemble
+from maestrale.engine.confine import Suspects, as_ours
 from maestrale.engine.pages import Pages
+from maestrale.engine.prefix import PrefixCache
 from maestrale.engine.request import Completion, Request, Sequence
-from maestrale.engine.scheduler import Scheduler
+from maestrale.engine.scheduler import Schedule, Scheduler
 from maestrale.errors import RequestError
 from maestrale.sampling.beam import BeamSearch
 from maestrale.sampling.params import SamplingParams
@@ -22,13 +24,26 @@ from maestrale.text.tokenizer import Tokenizer
 
 
 class Engine:
-    """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it."""
+    """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it.
 
-    def __init__(self, runner: Runner, vocab_size: int, tokenizer: Tokenizer | None, max_sequences: int):
+    prefix_cache: whether a prompt may begin on the pages of an earlier one that began alike.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        vocab_size: int,
+        tokenizer: Tokenizer | None,
+        max_sequences: int,
+        *,
+        prefix_cache: bool = True,
+    ):
         self.runner, self.vocab_size, self.tokenizer = runner, vocab_size, tokenizer
         self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
         self.pages = Pages(runner.layout)
-        self.scheduler = Scheduler(self.pages, runner.layout.max_chunk, max_sequences)
+        self.prefixes = PrefixCache(self.pages, prefix_cache)
+        self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
+        self.suspects = Suspects()
 
     def submit(
         self,
@@ -38,12 +53,13 @@ class Engine:
         chunk_size: int | None = None,
         keep_logits: bool = False,
         reply: bool = False,
+        namespace: str = "",
     ) -> Request:
         """Queues a prompt of token ids. RequestError where it cannot be served, with the offending `param`.
 
         chunk_size: the most prompt tokens to compute in a step. keep_logits: keep every row of logits.
         reply: the completion's text begins anew, as a chat's answer does, and does not go on from the prompt's: no
-        space between the two is part of it.
+        space between the two is part of it. namespace: who may share cached pages with it: requests of the same one.
         """
         layout = self.runner.layout
         self._check_prompt(prompt, params)
@@ -55,6 +71,7 @@ class Engine:
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
             reply=reply,
+            namespace=namespace,
         )
         self._check_width(request)
         self._prepare(request.sequences[0])
@@ -74,15 +91,20 @@ class Engine:
     def step(self) -> list[tuple[Request, Completion]]:
         """One batch. Gives, for each sequence that went on, what was added to it, as a Completion.
 
-        A request that failed has its `error` set and no pages any more; the others are not touched.
+        A request that failed has its `error` set and no pages any more; the others are not touched. When a step
+        fails, the next ones compute its requests one by one, and only who fails alone is at fault.
         """
-        schedule = self.scheduler.schedule()
+        suspect = self.suspects.next()
+        schedule = self.scheduler.schedule() if suspect is None else self.scheduler.schedule_alone(suspect)
         if not schedule.work:
             return []
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         try:
-            logits = self.runner.step(assemble(schedule, wanted, len(self.pages.free))).logits
-        except BaseException:  # Ctrl-C too: whoever is asked to go on after it must find whole pages
+            logits = self.runner.step(assemble(schedule, wanted, len(self.pages.pools))).logits
+        except Exception as error:
+            self._confine(schedule, error)
+            return []
+        except BaseException:  # Ctrl-C: whoever is asked to go on after it must find whole pages
             self.scheduler.undo(schedule)
             raise
         news: list[tuple[Request, Completion]] = []
@@ -92,20 +114,34 @@ class Engine:
             rows, row = logits[row : row + len(positions)], row + len(positions)
             try:
                 self._read_prompt_rows(sequence, positions, rows)
-            except RequestError as error:
+            except Exception as error:
                 self._fail(sequence.request, error)
             sequence.computed += count
+            self.prefixes.publish(sequence)
             if not sequence.pending and not sequence.request.finished:
                 ready.setdefault(sequence.request, []).append((sequence, rows[-1]))
         for request, last_rows in ready.items():
             try:
                 news += [(request, piece) for piece in self._advance(request, last_rows)]
-            except RequestError as error:
+            except Exception as error:
                 self._fail(request, error)
         return news
 
-    def _fail(self, request: Request, error: RequestError) -> None:
-        request.error = error
+    def _confine(self, schedule: Schedule, error: Exception) -> None:
+        requests = {sequence.request for sequence, _ in schedule.work}
+        if len(requests) == 1:
+            self._fail(requests.pop(), error)
+        else:
+            self.suspects.accuse(schedule)
+            self.scheduler.undo(schedule)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if request.finished:  # it has failed by another of its sequences
+            return
+        request.error = as_ours(error)
+        for sequence in request.sequences:
+            if sequence.table is not None:
+                self.pages.withdraw(sequence.table)  # nobody builds on what it computed
         self.abort(request)
 
     def _check_prompt(self, prompt: Items[int], params: SamplingParams) -> None:
@@ -153,13 +189,8 @@ class Engine:
 
     def _wanted_rows(self, sequence: Sequence, count: int) -> range:
         """Positions, out of those computed now, whose logits are wanted."""
-        request, end = sequence.request, sequence.computed + count
-        first = len(sequence.tokens) - 1  # the last known token gives the next one
-        if request.logits is not None:
-            first = len(request.logits)
-        elif request.params.prompt_logprobs is not None and not request.forked:
-            first = len(request.prompt_logprobs) - 1
-        return range(max(sequence.computed, min(first, end)), end)
+        end = sequence.computed + count
+        return range(max(sequence.computed, min(sequence.first_wanted, end)), end)
 
     def _read_prompt_rows(self, sequence: Sequence, positions: range, rows: NDArray[np.float32]) -> None:
         """Keeps what was asked of the prompt's own rows: row p says how likely the token at p + 1 was."""
@@ -245,7 +276,7 @@ class Engine:
     def _fork(self, sequence: Sequence, index: int) -> Sequence:
         """A sequence with the same past, on the same pages."""
         twin = Sequence(sequence.request, index, sequence.tokens)
-        twin.computed = sequence.computed
+        twin.computed, twin.keys = sequence.computed, list(sequence.keys)
         if sequence.table is not None:
             twin.table = self.pages.fork(sequence.table)
         self._prepare(twin)
