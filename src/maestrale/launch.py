@@ -41,12 +41,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Launched:
-    """A model that is ready to run. tokenizer_error: why there is none, where there is none."""
+    """A model that is ready to run.
+
+    tokenizer_error: why there is none, where there is none. description: backend, device, dtype.
+    """
 
     config: ModelConfig
     engine: Engine
     tokenizer: Tokenizer | None
     tokenizer_error: CheckpointError | None
+    description: str
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -99,7 +103,8 @@ def launch(
         from maestrale.torch_backend.runner import open_runner
 
         runner = open_runner(checkpoint, layout, dtype, device, progress)
-    return Launched(config, Engine(runner, config.vocab_size, tokenizer, options.max_sequences), tokenizer, problem)
+    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences)
+    return Launched(config, engine, tokenizer, problem, f"torch, {device}, {dtype}")
 
 
 def _check(options: Options) -> None:
