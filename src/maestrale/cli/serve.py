@@ -12,7 +12,6 @@ from maestrale.cli import options as opt
 from maestrale.errors import UsageError
 
 _SERVER, _LIMITS = "Server", "Limits"
-_SETTINGS = ("host", "port", "max_queue", "request_timeout", "drain", "log_json")
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -84,6 +83,16 @@ def serve(
     drain: Annotated[
         float, typer.Option(help="Seconds for open requests to end after SIGTERM.", rich_help_panel=_LIMITS)
     ] = 30.0,
+    header_timeout: Annotated[
+        float, typer.Option(help="Seconds for a request's head to arrive.", rich_help_panel=_LIMITS)
+    ] = 10.0,
+    body_timeout: Annotated[
+        float, typer.Option(help="Seconds for a request's body to arrive.", rich_help_panel=_LIMITS)
+    ] = 30.0,
+    write_timeout: Annotated[
+        float, typer.Option(help="Seconds a client may leave an answer unread.", rich_help_panel=_LIMITS)
+    ] = 60.0,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", rich_help_panel=_LIMITS)] = 16 << 20,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
@@ -111,6 +120,10 @@ def serve(
         max_queue=max_queue,
         request_timeout=request_timeout,
         drain=drain,
+        header_timeout=header_timeout,
+        body_timeout=body_timeout,
+        write_timeout=write_timeout,
+        max_body=max_body,
         log_json=log_json,
     )
     code = run(
