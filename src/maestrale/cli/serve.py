@@ -92,6 +92,9 @@ def serve(
     write_timeout: Annotated[
         float, typer.Option(help="Seconds a client may leave an answer unread.", rich_help_panel=_LIMITS)
     ] = 60.0,
+    ping: Annotated[
+        float, typer.Option(help="Seconds of silence after which a stream says that it lives.", rich_help_panel=_LIMITS)
+    ] = 10.0,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", rich_help_panel=_LIMITS)] = 16 << 20,
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
@@ -123,6 +126,7 @@ def serve(
         header_timeout=header_timeout,
         body_timeout=body_timeout,
         write_timeout=write_timeout,
+        ping=ping,
         max_body=max_body,
         log_json=log_json,
     )

@@ -20,6 +20,7 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
 
     class BoundedProtocol(HttpToolsProtocol):
         _head = 0  # bytes of the head that is being read
+        _reading_head = False
         _deadline: asyncio.TimerHandle | None = None
         _problem: ApiError | None = None
 
@@ -41,7 +42,7 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._head = 0
+            self._head, self._reading_head = 0, True
 
         def on_url(self, url: bytes) -> None:
             super().on_url(url)
@@ -52,8 +53,14 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
             self._count(len(name) + len(value) + 4)
 
         def on_headers_complete(self) -> None:
+            self._reading_head = False
             self._head_is_there()
             super().on_headers_complete()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._reading_head and self._deadline is None:  # it began to arrive while the answer was on its way
+                self._await_head()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(self._problem or ApiError(400, "this is no HTTP/1.1 request"))
