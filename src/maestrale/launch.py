@@ -63,6 +63,10 @@ class Launched:
     dtype: str
     tensor_bytes: dict[str, float]
 
+    @property
+    def description(self) -> str:
+        return f"{self.backend}, {self.device}, {self.dtype}"
+
 
 def model_folder(path: str | Path | None) -> Path:
     """The folder of a model: `path` itself; the bundled model of that name where no such path exists ("stories",

@@ -24,6 +24,7 @@ from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
 from maestrale.cli.quantize import quantize
+from maestrale.cli.serve import serve
 from maestrale.cli.train import train
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
@@ -31,6 +32,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
     "interactive": interactive,
+    "serve": serve,
     "inspect": inspect,
     "eval": evaluate,
     "convert": convert,
@@ -78,7 +80,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_top)
     for name, function in VERBS.items():
-        app.command(name, help=_paragraphs(function))(_guarded(function))
+        settings = {"auto_envvar_prefix": "MAESTRALE"} if function is serve else {}  # MAESTRALE_PORT is --port
+        app.command(name, help=_paragraphs(function), context_settings=settings)(_guarded(function))
     return app
 
 
