@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from maestrale.config import ModelConfig
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
 from maestrale.launch import Options, launch
+from maestrale.sampling.constraint import read_constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.text.tokenizer import Tokenizer
 
@@ -145,13 +146,30 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
     ) -> Completion:
-        """The assistant's answer to OpenAI-style messages, in the model's own chat form."""
-        ids = self.tokenizer.encode_chat(messages, tools)
-        (request,) = requests = self._submit([ids], [params or SamplingParams()], reply=True)
+        """The assistant's answer to OpenAI-style messages, in the model's own chat form.
+
+        With tools its `tool_calls` are those that it makes; each fits its function's schema, unless the answer was
+        cut off (finish_reason "length"). tool_choice: "auto", "none", "required", or {"type": "function", "function":
+        {"name": …}}.
+        """
+        ids, params = self.tokenizer.encode_chat(messages, tools), params or SamplingParams()
+        if tools or tool_choice:
+            content = read_constraint(params.constraint)
+            constraint = self.tokenizer.tool_constraint(tools, tool_choice, parallel_tool_calls, content)
+            params = replace(params, constraint=constraint)
+        (request,) = requests = self._submit([ids], [params], reply=True)
         for _ in self._run(requests):
             pass
-        return _ordered(request)[0]
+        answer = _ordered(request)[0]
+        if tools:
+            answer.text, calls = self.tokenizer.read_calls(str(ids)).push(answer.token_ids, answer.text)
+            answer.tool_calls = calls
+            if calls and answer.finish_reason == "stop":
+                answer.finish_reason = "tool_calls"
+        return answer
 
     def logits(
         self, list_of_token_ids: Sequence[Sequence[int]], chunk_size: int | None = None

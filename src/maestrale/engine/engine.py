@@ -17,6 +17,7 @@ from maestrale.engine.request import Completion, Request, Sequence
 from maestrale.engine.scheduler import Schedule, Scheduler
 from maestrale.errors import RequestError
 from maestrale.sampling.beam import BeamSearch
+from maestrale.sampling.constraint import Constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.sampling.policy import history_for, log_softmax, sample, token_logprob
 from maestrale.sampling.stop import StopStrings
@@ -155,6 +156,8 @@ class Engine:
         params.check_vocabulary(self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model's folder has none", param="stop")
+        if params.constraint and self.tokenizer is None:
+            raise RequestError("a constraint needs a tokenizer, and this model's folder has none", param="constraint")
         limit = self.runner.layout.max_len
         if len(prompt) + min(params.max_tokens, 1) > limit:
             raise RequestError(
@@ -182,6 +185,10 @@ class Engine:
         request = sequence.request
         if self.tokenizer is not None and request.params.beam_width == 1:
             sequence.decoder = self.tokenizer.stream(after=request.text_before)
+            if isinstance(request.params.constraint, Constraint):
+                sequence.matcher = self.tokenizer.grammars.matcher(
+                    request.params.constraint, sequence.decoder.drops_space
+                )
         sequence.history = history_for(request.params, request.prompt, self.vocab_size)
         if request.params.logprobs is not None:
             sequence.completion.logprobs = []
@@ -220,10 +227,17 @@ class Engine:
     def _append(self, sequence: Sequence, row: NDArray[np.float32]) -> Completion:
         request, params = sequence.request, sequence.request.params
         eos_ids = () if params.ignore_eos else self.eos_ids
-        token = sample(row, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history)
-        piece = Completion(index=sequence.index)
+        matcher, piece = sequence.matcher, Completion(index=sequence.index)
+        if matcher is not None and matcher.finished:  # only the empty text will do
+            return self._finish(sequence, "stop", piece)
+        allowed = None if matcher is None else matcher.allowed
+        token = sample(
+            row, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, allowed
+        )
         if token in eos_ids:
             return self._finish(sequence, "stop", piece)
+        if matcher is not None:
+            matcher.consume(token)
         sequence.tokens.append(token)
         if sequence.history is not None:
             sequence.history.append(token)
@@ -233,10 +247,14 @@ class Engine:
             piece.logprobs, piece.top_logprobs = [logprob], [top]
         if sequence.decoder is not None:
             piece.text = sequence.decoder.push(token)
-            if sequence.generated >= params.min_tokens:  # before, a stop string is text like any other
+            if matcher is not None and matcher.calls_begun:  # nothing stops inside a call
+                piece.text = sequence.stops.finish() + piece.text
+            elif sequence.generated >= params.min_tokens:  # before, a stop string is text like any other
                 piece.text, stopped = sequence.stops.push(piece.text)
                 if stopped:
                     return self._finish(sequence, "stop", piece)
+        if matcher is not None and matcher.finished:
+            return self._finish(sequence, "stop", piece)
         if len(sequence.tokens) >= request.length_limit:
             return self._finish(sequence, "length", piece)
         _add(sequence.completion, piece)

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from maestrale.engine.pages import PageTable
 from maestrale.errors import MaestraleError
 from maestrale.sampling.beam import BeamSearch
+from maestrale.sampling.grammar import Matcher
 from maestrale.sampling.params import SamplingParams
 from maestrale.sampling.policy import History
 from maestrale.sampling.stop import StopStrings
 from maestrale.text.stream import StreamDecoder
+from maestrale.text.tools import ToolCall
 
 TopLogprobs = list[tuple[int, float]]
 
@@ -27,8 +29,10 @@ class Completion:
     logprobs: natural log, of the raw logits, one for each token; None unless asked for.
     top_logprobs: for each token the likeliest (id, logprob), as many as were asked for.
     prompt_logprobs, prompt_top_logprobs: likewise for the prompt's tokens; the first has None.
-    finish_reason: "stop" (end of sequence or stop string), "length", or None while it goes on.
+    finish_reason: "stop" (end of sequence, stop string, or a constraint met), "length", "tool_calls" (an answer in a
+    chat that ends with them), or None while it goes on.
     index: which of the n continuations. score: a beam's, sum of logprobs / length ** length_penalty.
+    tool_calls: of an answer in a chat with tools; they are not part of its text.
     """
 
     text: str = ""
@@ -40,6 +44,7 @@ class Completion:
     top_logprobs: list[TopLogprobs] | None = None
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
     score: float | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class Sequence:
@@ -60,6 +65,7 @@ class Sequence:
         self.decoder: StreamDecoder | None = None
         self.stops = StopStrings(request.params.stop)
         self.history: History | None = None
+        self.matcher: Matcher | None = None
 
     @property
     def pending(self) -> int:

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from maestrale.errors import RequestError
+from maestrale.sampling.constraint import Constraint, read_constraint
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000  # characters
@@ -59,6 +60,8 @@ class SamplingParams:
         beams are returned. The temperature, top_k, top_p, min_p, seed, the penalties on tokens and logit_bias are
         then not used.
     length_penalty: beam search divides a score by length ** length_penalty; above 0 favours long text. -10 to 10.
+    constraint: what the text must be: {"json_object": True}, {"json_schema": …}, {"regex": …} or {"grammar": …}
+        (`read_constraint`). The sequence ends where it is complete. Not with beams, nor with ignore_eos.
 
     Whole numbers are accepted where a float is asked; a bool or a string is never a number.
     """
@@ -81,6 +84,7 @@ class SamplingParams:
     ignore_eos: bool = False
     beam_width: int = 1
     length_penalty: float = 1.0
+    constraint: Constraint | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, (kind, optional, low, high) in _RANGES.items():
@@ -98,6 +102,9 @@ class SamplingParams:
             )
         if self.beam_width > 1 and self.n > self.beam_width:
             raise RequestError(f"n = {self.n}: expected at most beam_width = {self.beam_width}", "n")
+        object.__setattr__(self, "constraint", read_constraint(self.constraint))
+        if self.constraint is not None and (self.beam_width > 1 or self.ignore_eos):
+            raise RequestError("constraint: expected neither beam_width above 1 nor ignore_eos beside it", "constraint")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """RequestError where logit_bias names a token id that a vocabulary of `vocab_size` does not have."""

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from maestrale.errors import CheckpointError, RequestError
+from maestrale.sampling.constraint import Constraint
+from maestrale.sampling.grammar import Grammars
 from maestrale.text.chat import read_messages, read_tools
 from maestrale.text.stream import StreamDecoder
 from maestrale.text.template import ChatTemplate, has_chat, has_tools
+from maestrale.text.tools import CallReader, short_id, tool_constraint
 from maestrale.text.vocabulary import Vocabulary, require_size, require_text
 
 # The file names that people use; which tokenizer a file holds is read from the file.
@@ -29,7 +32,7 @@ class Tokenizer:
     """Text to token ids and back, for one model.
 
     vocab_size: the model's; every id below it can be decoded. has_chat, has_tools, has_fim: whether there are tokens
-    for a chat, for tools in one, for filling in the middle.
+    for a chat, for tools in one, for filling in the middle. grammars: what holds a text to a constraint.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -42,6 +45,7 @@ class Tokenizer:
         self.has_chat, self.has_tools = has_chat(vocabulary), has_tools(vocabulary)
         self.has_fim = {"[PREFIX]", "[SUFFIX]"} <= vocabulary.controls.keys()
         self._control_names = {token_id: name for name, token_id in vocabulary.controls.items()}
+        self.grammars = Grammars(vocabulary)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, after the begin-of-text token if `bos`. A control token's name in the text is text.
@@ -101,6 +105,20 @@ class Tokenizer:
         if self._template is None:
             self._template = ChatTemplate(self._vocabulary)
         return self._template.encode(turns, functions)
+
+    def tool_constraint(
+        self,
+        tools: Sequence[Mapping[str, Any]] | None,
+        choice: Any = None,
+        parallel: Any = None,
+        content: Constraint | None = None,
+    ) -> Constraint | None:
+        """What an answer may be where OpenAI-style `tools` are offered: see `text.tools.tool_constraint`."""
+        return tool_constraint(self._vocabulary, read_tools(tools), choice, parallel, content)
+
+    def read_calls(self, salt: str) -> CallReader:
+        """A reader of the calls in one answer of a chat. salt: the same gives the calls the same ids."""
+        return CallReader(self._vocabulary, self.stream(), lambda index: short_id(f"{salt} {index}"))
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
