@@ -30,4 +30,5 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
                 for rows, (begin, _), start in zip(wanted, spans, starts[:-1], strict=True)
             ]
         ),
+        experts=any(sequence.request.params.experts for sequence, _ in schedule.work),
     )
