@@ -122,7 +122,7 @@ def test_a_stream_that_is_left_frees_its_pages(llm):
     assert llm._engine.has_work
     stream.close()
     assert not llm._engine.has_work
-    assert [len(free) for free in llm._engine.pages.free] == list(llm._engine.pages.layout.pages)
+    assert llm._engine.pages.available == list(llm._engine.pages.layout.pages)
 
 
 def test_chat_continues_the_chat_form(llm):
@@ -231,7 +231,7 @@ def test_a_reader_may_stop_a_stream_while_the_prompt_is_read(folder):
     stream = llm.stream([[1, *([40] * 39)]], GREEDY)
     assert [next(stream).token_ids for _ in range(4)] == [[]] * 4  # 32 of 40 tokens
     stream.close()
-    assert [len(free) for free in llm._engine.pages.free] == list(llm._engine.runner.layout.pages)
+    assert llm._engine.pages.available == list(llm._engine.runner.layout.pages)
 
 
 def test_progress_counts_tokens_up_to_all_there_can_be(folder):

@@ -37,6 +37,7 @@ class Options:
     max_batch_tokens: int | None = None
     max_sequences: int = 64
     ignore_unexpected: bool = False
+    prefix_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def launch(
         from maestrale.torch_backend.runner import open_runner
 
         runner = open_runner(checkpoint, layout, dtype, device, progress)
-    return Launched(config, Engine(runner, config.vocab_size, tokenizer, options.max_sequences), tokenizer, problem)
+    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences, prefix_cache=options.prefix_cache)
+    return Launched(config, engine, tokenizer, problem)
 
 
 def _check(options: Options) -> None:

@@ -32,6 +32,7 @@ class LLM:
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
+    prefix_cache: keep the pages of what was computed, for prompts that begin alike; text does not depend on it.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
@@ -50,9 +51,20 @@ class LLM:
         max_sequences: int = 64,
         ignore_unexpected: bool = False,
         require_tokenizer: bool = False,
+        prefix_cache: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
-        options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
+        options = Options(
+            dtype,
+            weights,
+            device,
+            backend,
+            max_len,
+            max_batch_tokens,
+            max_sequences,
+            ignore_unexpected,
+            prefix_cache,
+        )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._news: dict[Request, deque[Completion]] = {}

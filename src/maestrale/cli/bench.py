@@ -117,7 +117,7 @@ class Stand:
         # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.
         self.slack = 2 * max(sizes) + 1
         longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
-        options = Options(dtype, "auto", device, backend, max_len=longest, max_sequences=max(sizes))
+        options = Options(dtype, "auto", device, backend, max_len=longest, max_sequences=max(sizes), prefix_cache=False)
         launched: Launched = launch(path, options, progress=progress)
         self.config, self.engine = launched.config, launched.engine
         cache = cast("TorchRunner", self.engine.runner).cache

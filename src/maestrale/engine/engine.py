@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from maestrale.batch import Runner
 from maestrale.engine.assemble import assemble
 from maestrale.engine.pages import Pages
+from maestrale.engine.prefix import PrefixCache
 from maestrale.engine.request import Completion, Request, Row, Sequence
 from maestrale.engine.scheduler import Scheduler
 from maestrale.errors import RequestError
@@ -22,13 +23,25 @@ from maestrale.text.tokenizer import Tokenizer
 
 
 class Engine:
-    """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it."""
+    """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it.
 
-    def __init__(self, runner: Runner, vocab_size: int, tokenizer: Tokenizer | None, max_sequences: int):
+    prefix_cache: whether a prompt may begin on the pages of an earlier one that began alike.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        vocab_size: int,
+        tokenizer: Tokenizer | None,
+        max_sequences: int,
+        *,
+        prefix_cache: bool = True,
+    ):
         self.runner, self.vocab_size, self.tokenizer = runner, vocab_size, tokenizer
         self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
         self.pages = Pages(runner.layout)
-        self.scheduler = Scheduler(self.pages, runner.layout.max_chunk, max_sequences)
+        self.prefixes = PrefixCache(self.pages, prefix_cache)
+        self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
 
     def submit(
         self,
@@ -38,12 +51,13 @@ class Engine:
         chunk_size: int | None = None,
         keep_logits: bool = False,
         reply: bool = False,
+        namespace: str = "",
     ) -> Request:
         """Queues a prompt of token ids. RequestError where it cannot be served, with the offending `param`.
 
         chunk_size: the most prompt tokens to compute in a step. keep_logits: keep every row of logits.
         reply: the completion's text begins anew, as a chat's answer does, and does not go on from the prompt's: no
-        space between the two is part of it.
+        space between the two is part of it. namespace: who may share cached pages with it: requests of the same one.
         """
         layout = self.runner.layout
         self._check_prompt(prompt, params)
@@ -55,6 +69,7 @@ class Engine:
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
             reply=reply,
+            namespace=namespace,
         )
         self._check_width(request)
         self._prepare(request.sequences[0])
@@ -81,7 +96,7 @@ class Engine:
             return []
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         try:
-            output = self.runner.step(assemble(schedule, wanted, len(self.pages.free)))
+            output = self.runner.step(assemble(schedule, wanted, len(self.pages.pools)))
         except BaseException:  # Ctrl-C too: whoever is asked to go on after it must find whole pages
             self.scheduler.undo(schedule)
             raise
@@ -95,6 +110,7 @@ class Engine:
             except RequestError as error:
                 self._fail(sequence.request, error)
             sequence.computed += count
+            self.prefixes.publish(sequence)
             if not sequence.pending and not sequence.request.finished:
                 experts = None if output.experts is None else output.experts[row - 1]
                 ready.setdefault(sequence.request, []).append((sequence, Row(rows[-1], experts)))
@@ -156,13 +172,8 @@ class Engine:
 
     def _wanted_rows(self, sequence: Sequence, count: int) -> range:
         """Positions, out of those computed now, whose logits are wanted."""
-        request, end = sequence.request, sequence.computed + count
-        first = len(sequence.tokens) - 1  # the last known token gives the next one
-        if request.logits is not None:
-            first = len(request.logits)
-        elif request.params.prompt_logprobs is not None and not request.forked:
-            first = len(request.prompt_logprobs) - 1
-        return range(max(sequence.computed, min(first, end)), end)
+        end = sequence.computed + count
+        return range(max(sequence.computed, min(sequence.first_wanted, end)), end)
 
     def _read_prompt_rows(self, sequence: Sequence, positions: range, rows: NDArray[np.float32]) -> None:
         """Keeps what was asked of the prompt's own rows: row p says how likely the token at p + 1 was."""
@@ -250,7 +261,7 @@ class Engine:
     def _fork(self, sequence: Sequence, index: int) -> Sequence:
         """A sequence with the same past, on the same pages."""
         twin = Sequence(sequence.request, index, sequence.tokens)
-        twin.computed = sequence.computed
+        twin.computed, twin.keys = sequence.computed, list(sequence.keys)
         if sequence.table is not None:
             twin.table = self.pages.fork(sequence.table)
         self._prepare(twin)

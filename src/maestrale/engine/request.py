@@ -58,12 +58,14 @@ class Sequence:
 
     tokens: all known ids. computed: how many of them stand in the cache. A sequence has nothing else to do than to
     let `computed` catch up with the known ones; when it has, the last row of logits gives the next token.
+    keys: what its pages, so far as they were asked for, are found by (prefix.py).
     """
 
     def __init__(self, request: Request, index: int, tokens: Items[int]):
         self.request, self.index = request, index
         self.tokens = list(tokens)
         self.computed = 0
+        self.keys: list[bytes] = []
         self.table: PageTable | None = None
         self.completion = Completion(index=index)
         self.decoder: StreamDecoder | None = None
@@ -78,13 +80,24 @@ class Sequence:
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt)
 
+    @property
+    def first_wanted(self) -> int:
+        """The first position whose row of logits is still wanted; the last known token's gives the next one."""
+        request = self.request
+        if request.logits is not None:
+            return len(request.logits)
+        if request.params.prompt_logprobs is not None and not request.forked:
+            return len(request.prompt_logprobs) - 1
+        return len(self.tokens) - 1
+
 
 class Request:
     """A prompt with its parameters, and the sequences that continue it.
 
     It begins as one sequence. When the prompt is computed it becomes n of them (or a beam's width) on the same pages.
     text_before: the ids whose text a completion goes on from. seed: the one sampling uses.
-    length_limit: known tokens at which a sequence ends. chunk: most tokens a step.
+    length_limit: known tokens at which a sequence ends. chunk: most tokens a step. namespace: cached pages are shared
+    only with requests of the same one.
     """
 
     def __init__(
@@ -97,10 +110,12 @@ class Request:
         chunk: int,
         keep_logits: bool = False,
         reply: bool = False,
+        namespace: str = "",
     ):
         self.prompt, self.params = list(prompt), params
         self.text_before: list[int] = [] if reply else self.prompt
         self.seed, self.length_limit, self.chunk = seed, length_limit, chunk
+        self.namespace = namespace
         self.width = max(params.n, params.beam_width)
         self.sequences = [Sequence(self, 0, prompt)]
         self.forked = False

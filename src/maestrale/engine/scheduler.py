@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase: each sequence has known tokens and computed ones, and gets
 min(known - computed, what is left of the budget) until the budget is spent. Sequences that need one token come
 first, so that a long prompt never holds up those that are being read; the rest of the budget goes to prompts in
-order of arrival. When pages run out, the request that came last gives up its pages and computes again later.
+order of arrival. When pages run out, the request that came last gives up its pages and computes again later, or finds
+them again while nobody has taken them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from maestrale.engine.pages import Copy, Pages
+from maestrale.engine.prefix import PrefixCache
 from maestrale.engine.request import Request, Sequence
 from maestrale.errors import OutOfPages
 
@@ -27,8 +29,8 @@ class Schedule:
 class Scheduler:
     """waiting: requests without pages, first come first. running: those with pages, in order of admission."""
 
-    def __init__(self, pages: Pages, max_batch_tokens: int, max_sequences: int):
-        self.pages = pages
+    def __init__(self, pages: Pages, prefixes: PrefixCache, max_batch_tokens: int, max_sequences: int):
+        self.pages, self.prefixes = pages, prefixes
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -46,8 +48,9 @@ class Scheduler:
         step, budget = Schedule(), self.max_batch_tokens
         scheduled: set[Request] = set()
         short = False
-        decoding_first = sorted(self.running, key=lambda r: sum(s.pending for s in r.sequences) > len(r.sequences))
+        decoding_first = sorted(self.running, key=lambda r: any(s.pending > 1 for s in r.sequences))
         for request in decoding_first:
+            self.prefixes.found += self.prefixes.look_up(request)  # what others have computed since
             while budget and request in self.running and (work := request.takes(budget)):
                 if self._grant(work, step):
                     scheduled.add(request)
@@ -74,11 +77,14 @@ class Scheduler:
             request = self.waiting[0]
             for sequence in request.sequences:
                 sequence.table = self.pages.new_table()
+            found = self.prefixes.look_up(request)
             work = request.takes(budget)
             if not self._grant(work, step):
                 self._release(request)
                 break
             self.running.append(self.waiting.popleft())
+            self.prefixes.asked += sum(len(sequence.tokens) for sequence in request.sequences)
+            self.prefixes.found += found
             budget -= sum(count for _, count in work)
             places -= request.width
 
