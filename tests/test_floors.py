@@ -10,7 +10,7 @@ import maestrale
 
 ROOT = Path(maestrale.__file__).parent
 F0 = ("errors", "config", "plan", "batch", "memory")
-FLOORS = [F0, ("text", "checkpoint", "sampling"), ("engine",), ("torch_backend",), ("launch", "llm"), ("cli",)]
+FLOORS = [F0, ("text", "checkpoint", "sampling"), ("engine",), ("torch_backend",), ("launch", "llm"), ("cli", "serve")]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FRAMEWORKS = {"torch", "jax", "mindspore", "transformers"}
 MODULES = {  # "engine.pages" → its file; the package's own two files stand above all floors
@@ -59,8 +59,8 @@ def test_the_command_line_starts_without_a_framework_or_a_backend(module):
     assert "torch_backend" not in {part(name) for name in at_top}
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) == "cli" and m != "cli.bench"))
-def test_the_command_line_reaches_engines_through_llm_only(module):
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in ("cli", "serve") and m != "cli.bench"))
+def test_the_command_line_and_the_server_reach_engines_through_llm_only(module):
     reached = {part(name) for name in ours(imports(module))}
     assert not reached & ({"engine"} if module == "cli.train" else {"engine", "torch_backend"})
 

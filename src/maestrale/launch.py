@@ -42,12 +42,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Launched:
-    """A model that is ready to run. tokenizer_error: why there is none, where there is none."""
+    """A model that is ready to run.
+
+    tokenizer_error: why there is none, where there is none. description: backend, device, dtype.
+    """
 
     config: ModelConfig
     engine: Engine
     tokenizer: Tokenizer | None
     tokenizer_error: CheckpointError | None
+    description: str
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -101,7 +105,7 @@ def launch(
 
         runner = open_runner(checkpoint, layout, dtype, device, progress)
     engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences, prefix_cache=options.prefix_cache)
-    return Launched(config, engine, tokenizer, problem)
+    return Launched(config, engine, tokenizer, problem, f"torch, {device}, {dtype}")
 
 
 def _check(options: Options) -> None:

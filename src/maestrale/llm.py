@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,9 +18,20 @@ from maestrale.launch import Options, launch
 from maestrale.sampling.params import SamplingParams
 from maestrale.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Completion"]
+__all__ = ["LLM", "Completion", "Load", "Request"]
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine has to do. pages, free_pages: of the cache, over all kinds of layers."""
+
+    waiting: int
+    running: int
+    pages: int
+    free_pages: int
+    preemptions: int
 
 
 class LLM:
@@ -72,6 +84,11 @@ class LLM:
     @property
     def config(self) -> ModelConfig:
         return self._launched.config
+
+    @property
+    def description(self) -> str:
+        """How it runs, in a few words: backend, device, dtype."""
+        return self._launched.description
 
     @property
     def max_len(self) -> int:
@@ -146,6 +163,35 @@ class LLM:
         for _ in self._run(requests):
             pass
         return [np.stack(request.logits or []) for request in requests]
+
+    # A thread that drives the model step by step, as a server does, uses these and no other method besides.
+
+    def submit(self, ids: Sequence[int], params: SamplingParams, *, reply: bool = False) -> Request:
+        """Queues a prompt of token ids. RequestError where it cannot be served. `reply` as for `stream`."""
+        return self._engine.submit(ids, params, reply=reply)
+
+    def step(self) -> list[tuple[Request, Completion]]:
+        """One batch: what is new, and for whom. A request that has ended is `finished`, perhaps with an `error`."""
+        return self._engine.step()
+
+    def abort(self, request: Request) -> None:
+        """Ends a request; its pages are free at once. Harmless where it has ended already."""
+        self._engine.abort(request)
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def load(self) -> Load:
+        """May be called from any thread."""
+        scheduler, pages = self._engine.scheduler, self._engine.pages
+        return Load(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            pages=sum(pages.layout.pages),
+            free_pages=sum(len(free) for free in pages.free),
+            preemptions=scheduler.preemptions,
+        )
 
     def _submit(
         self,

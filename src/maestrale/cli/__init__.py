@@ -24,6 +24,7 @@ from maestrale.cli.evaluate import evaluate
 from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
+from maestrale.cli.serve import serve
 from maestrale.cli.train import train
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "interactive": interactive,
     "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "eval": evaluate,
     "convert": convert,
@@ -78,7 +80,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_top)
     for name, function in VERBS.items():
-        app.command(name, help=_paragraphs(function))(_guarded(function))
+        settings = {"auto_envvar_prefix": "MAESTRALE"} if function is serve else {}  # MAESTRALE_PORT is --port
+        app.command(name, help=_paragraphs(function), context_settings=settings)(_guarded(function))
     return app
 
 

@@ -34,6 +34,11 @@ _ABOVE_ZERO = ("top_p", "repetition_penalty")
 _BIAS_LIMIT = 100
 
 
+def limits(name: str) -> tuple[int, int]:
+    """The lowest and the highest value of a field that is a number."""
+    return _RANGES[name][2:]
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue one prompt. A wrong type or value raises RequestError with `param` = the field's name.

@@ -27,6 +27,16 @@ _VERSIONS: dict[str | None, tuple[str, set[str]]] = {
 }
 
 
+def has_chat(vocabulary: Vocabulary) -> bool:
+    """Whether a chat can be written with these tokens (whether the model has learnt to chat, no file says)."""
+    return vocabulary.chat_version in _VERSIONS and _VERSIONS[vocabulary.chat_version][1] <= vocabulary.controls.keys()
+
+
+def has_tools(vocabulary: Vocabulary) -> bool:
+    """Whether there are tokens for tools and their calls."""
+    return has_chat(vocabulary) and vocabulary.controls.keys() >= _TOOLS
+
+
 class ChatTemplate:
     """The chat form of one tokenizer. RequestError where it has none."""
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maestrale.errors import CheckpointError
+from maestrale.errors import CheckpointError, RequestError
 from maestrale.text.chat import read_messages, read_tools
 from maestrale.text.stream import StreamDecoder
-from maestrale.text.template import ChatTemplate
+from maestrale.text.template import ChatTemplate, has_chat, has_tools
 from maestrale.text.vocabulary import Vocabulary, require_size, require_text
 
 # The file names that people use; which tokenizer a file holds is read from the file.
@@ -29,7 +29,8 @@ def is_tokenizer_file(name: str) -> bool:
 class Tokenizer:
     """Text to token ids and back, for one model.
 
-    vocab_size: the model's; every id below it can be decoded.
+    vocab_size: the model's; every id below it can be decoded. has_chat, has_tools, has_fim: whether there are tokens
+    for a chat, for tools in one, for filling in the middle.
     """
 
     def __init__(self, vocabulary: Vocabulary):
@@ -39,6 +40,9 @@ class Tokenizer:
         self.vocab_size = vocabulary.size
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
+        self.has_chat, self.has_tools = has_chat(vocabulary), has_tools(vocabulary)
+        self.has_fim = {"[PREFIX]", "[SUFFIX]"} <= vocabulary.controls.keys()
+        self._control_names = {token_id: name for name, token_id in vocabulary.controls.items()}
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of `text`, after the begin-of-text token if `bos`. A control token's name in the text is text.
@@ -73,6 +77,25 @@ class Tokenizer:
         """
         vocabulary = self._vocabulary
         return "[INST]" in vocabulary.controls or (vocabulary.chat_version == "v1" and vocabulary.size == V1_SIZE)
+
+    def piece(self, token_id: int) -> bytes:
+        """What a token shows within a text, perhaps a part of a character; the name of one that shows nothing."""
+        shown = self._vocabulary.pieces.shown[token_id]
+        return self._control_names.get(token_id, "").encode() if shown is None else shown
+
+    def encode_fim(self, prompt: str, suffix: str) -> list[int]:
+        """Ids that ask for what stands between `prompt` and `suffix`: the suffix comes first, the prompt last.
+
+        RequestError (param "model") where the tokenizer has no tokens for it.
+        """
+        controls = self._vocabulary.controls
+        if not self.has_fim:
+            raise RequestError("model: it has no tokens to fill in the middle: use a code model", param="model")
+        before = self._vocabulary.encode_text(require_text(prompt, "prompt"))
+        # A SentencePiece encoder puts a space before a text; behind a sign of its own, which is cut off, it does not.
+        sign = self._vocabulary.encode_text("☺")
+        after = self._vocabulary.encode_text("☺" + require_text(suffix, "suffix"))[len(sign) :] if suffix else []
+        return [self.bos_id, controls["[SUFFIX]"], *after, controls["[PREFIX]"], *before]
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
