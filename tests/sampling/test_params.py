@@ -24,6 +24,7 @@ WRONG = [
     *[("logit_bias", v) for v in ({"1": 1}, {True: 1}, {1: "1"}, {1: math.nan}, {1: 101}, {1: True}, [1], 5)],
     *[("min_tokens", v) for v in (-1, True, 129, 1.0)],
     *[("ignore_eos", v) for v in (1, 0, "true", None)],
+    *[("experts", v) for v in (1, 0, "true", None)],
     *[("beam_width", v) for v in (0, 4097, True, 2.0)],
     *[("constraint", v) for v in ("json", 3, {}, {"json_schema": "{"}, {"regex": 3}, {"json_object": 1})],
     *[("length_penalty", v) for v in (math.nan, math.inf, -10.1, 10.1, "1")],

@@ -17,6 +17,7 @@ import typer
 
 import maestrale
 from maestrale.cli.bench import bench
+from maestrale.cli.chat import chat
 from maestrale.cli.convert import convert
 from maestrale.cli.demo import demo
 from maestrale.cli.evaluate import evaluate
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
     "interactive": interactive,
+    "chat": chat,
     "serve": serve,
     "inspect": inspect,
     "eval": evaluate,

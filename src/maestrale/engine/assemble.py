@@ -31,4 +31,5 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
             for kind in range(n_kinds)
         ),
         logit_rows=np.array(logit_rows, np.int64),
+        experts=any(sequence.request.params.experts for sequence, _ in schedule.work),
     )

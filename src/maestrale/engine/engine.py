@@ -13,7 +13,7 @@ from maestrale.engine.assemble import assemble
 from maestrale.engine.confine import Suspects, as_ours
 from maestrale.engine.pages import Pages
 from maestrale.engine.prefix import PrefixCache
-from maestrale.engine.request import Completion, Request, Sequence
+from maestrale.engine.request import Completion, Request, Row, Sequence
 from maestrale.engine.scheduler import Schedule, Scheduler
 from maestrale.errors import RequestError
 from maestrale.sampling.beam import BeamSearch
@@ -101,7 +101,7 @@ class Engine:
             return []
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         try:
-            logits = self.runner.step(assemble(schedule, wanted, len(self.pages.pools))).logits
+            output = self.runner.step(assemble(schedule, wanted, len(self.pages.pools)))
         except Exception as error:
             self._confine(schedule, error)
             return []
@@ -109,10 +109,10 @@ class Engine:
             self.scheduler.undo(schedule)
             raise
         news: list[tuple[Request, Completion]] = []
-        ready: dict[Request, list[tuple[Sequence, NDArray[np.float32]]]] = {}
+        ready: dict[Request, list[tuple[Sequence, Row]]] = {}
         row = 0
         for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
-            rows, row = logits[row : row + len(positions)], row + len(positions)
+            rows, row = output.logits[row : row + len(positions)], row + len(positions)
             try:
                 self._read_prompt_rows(sequence, positions, rows)
             except Exception as error:
@@ -120,7 +120,8 @@ class Engine:
             sequence.computed += count
             self.prefixes.publish(sequence)
             if not sequence.pending and not sequence.request.finished:
-                ready.setdefault(sequence.request, []).append((sequence, rows[-1]))
+                experts = None if output.experts is None else output.experts[row - 1]
+                ready.setdefault(sequence.request, []).append((sequence, Row(rows[-1], experts)))
         for request, last_rows in ready.items():
             try:
                 news += [(request, piece) for piece in self._advance(request, last_rows)]
@@ -180,6 +181,8 @@ class Engine:
             raise RequestError(f"{request.width} sequences do not fit a step of {layout.max_chunk} tokens", "n")
         if request.params.beam_width > 1 and request.params.logprobs is not None:
             raise RequestError("logprobs are not kept for beams: a beam has a score", param="logprobs")
+        if request.params.beam_width > 1 and request.params.experts:
+            raise RequestError("experts are not kept for beams", param="experts")
 
     def _prepare(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -212,7 +215,7 @@ class Engine:
                 request.prompt_logprobs.append(logprob)
                 request.prompt_top_logprobs.append(top)
 
-    def _advance(self, request: Request, rows: list[tuple[Sequence, NDArray[np.float32]]]) -> list[Completion]:
+    def _advance(self, request: Request, rows: list[tuple[Sequence, Row]]) -> list[Completion]:
         """Turns the rows of sequences that have caught up into their next tokens."""
         if request.params.beam_width > 1 and request.params.max_tokens > 0:
             return self._advance_beams(request, rows)
@@ -224,7 +227,7 @@ class Engine:
             return [self._finish(sequence, "length", Completion(index=sequence.index)) for sequence, _ in rows]
         return [self._append(sequence, row) for sequence, row in rows]
 
-    def _append(self, sequence: Sequence, row: NDArray[np.float32]) -> Completion:
+    def _append(self, sequence: Sequence, row: Row) -> Completion:
         request, params = sequence.request, sequence.request.params
         eos_ids = () if params.ignore_eos else self.eos_ids
         matcher, piece = sequence.matcher, Completion(index=sequence.index)
@@ -232,7 +235,7 @@ class Engine:
             return self._finish(sequence, "stop", piece)
         allowed = None if matcher is None else matcher.allowed
         token = sample(
-            row, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, allowed
+            row.logits, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, allowed
         )
         if token in eos_ids:
             return self._finish(sequence, "stop", piece)
@@ -243,8 +246,10 @@ class Engine:
             sequence.history.append(token)
         piece.token_ids.append(token)
         if params.logprobs is not None:
-            logprob, top = token_logprob(row, token, params.logprobs)
+            logprob, top = token_logprob(row.logits, token, params.logprobs)
             piece.logprobs, piece.top_logprobs = [logprob], [top]
+        if params.experts and row.experts is not None:
+            piece.experts = [row.experts.tolist()]
         if sequence.decoder is not None:
             piece.text = sequence.decoder.push(token)
             if matcher is not None and matcher.calls_begun:  # nothing stops inside a call
@@ -301,7 +306,7 @@ class Engine:
         sequence.request.sequences.append(twin)
         return twin
 
-    def _advance_beams(self, request: Request, rows: list[tuple[Sequence, NDArray[np.float32]]]) -> list[Completion]:
+    def _advance_beams(self, request: Request, rows: list[tuple[Sequence, Row]]) -> list[Completion]:
         params = request.params
         if request.beam is None:
             request.forked = True
@@ -312,7 +317,7 @@ class Engine:
                 params.length_penalty,
                 params.min_tokens,
             )
-        continued = request.beam.advance(log_softmax(np.stack([row for _, row in rows])))
+        continued = request.beam.advance(log_softmax(np.stack([row.logits for _, row in rows])))
         if request.beam.done:
             return self._finish_beams(request, request.beam)
         parents = [sequence for sequence, _ in rows]
@@ -350,3 +355,5 @@ def _add(whole: Completion, piece: Completion) -> None:
     if whole.logprobs is not None and whole.top_logprobs is not None:
         whole.logprobs += piece.logprobs or []
         whole.top_logprobs += piece.top_logprobs or []
+    if piece.experts is not None:
+        whole.experts = (whole.experts or []) + piece.experts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ class Completion:
     prompt_logprobs, prompt_top_logprobs: likewise for the prompt's tokens; the first has None.
     finish_reason: "stop" (end of sequence, stop string, or a constraint met), "length", "tool_calls" (an answer in a
     chat that ends with them), or None while it goes on.
+    experts: for each token, for each layer, the experts whose work gave it (those of the row of logits it was drawn
+        from), the router's first choice first; None unless asked for, and the model is a mixture.
     index: which of the n continuations. score: a beam's, sum of logprobs / length ** length_penalty.
     tool_calls: of an answer in a chat with tools; they are not part of its text.
     """
@@ -45,6 +48,14 @@ class Completion:
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
     score: float | None = None
     tool_calls: list[ToolCall] | None = None
+    experts: list[list[list[int]]] | None = None
+
+
+class Row(NamedTuple):
+    """What a step says of one position. logits: float32 [vocab]. experts: int16 [layers, K], where asked for."""
+
+    logits: NDArray[np.float32]
+    experts: NDArray[np.int16] | None
 
 
 class Sequence:

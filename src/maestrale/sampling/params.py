@@ -51,6 +51,7 @@ class SamplingParams:
     seed: any int64; None lets the engine choose one. The same seed gives the same tokens, whatever else runs.
     stop: a string or a list of at most 16 of up to 1000 characters; the text ends before the first of them.
     n: how many continuations, 1 to 128.
+    experts: also say which experts of a mixture gave each token.
     logprobs, prompt_logprobs: None = none; k = the token's own and the k likeliest, 0 to 20.
     presence_penalty, frequency_penalty: -2 to 2, over generated tokens. repetition_penalty: (0, 10], prompt included.
     logit_bias: token id → number added to its logit, -100 to 100.
@@ -85,6 +86,7 @@ class SamplingParams:
     beam_width: int = 1
     length_penalty: float = 1.0
     constraint: Constraint | Mapping[str, Any] | None = None
+    experts: bool = False
 
     def __post_init__(self) -> None:
         for name, (kind, optional, low, high) in _RANGES.items():
@@ -92,8 +94,9 @@ class SamplingParams:
             if value is None and optional:
                 continue
             object.__setattr__(self, name, _number(name, name, value, kind, low, high, name in _ABOVE_ZERO))
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos = {_show(self.ignore_eos)}: expected true or false", "ignore_eos")
+        for name in ("ignore_eos", "experts"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} = {_show(getattr(self, name))}: expected true or false", name)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.min_tokens > self.max_tokens:

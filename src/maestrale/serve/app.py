@@ -15,6 +15,7 @@ from maestrale.serve.fim import fill_in
 from maestrale.serve.middleware import Front, Guard, Limits
 from maestrale.serve.models import model, models
 from maestrale.serve.openapi import openapi
+from maestrale.serve.page import page
 from maestrale.serve.status import health, metrics, ready, version
 from maestrale.serve.tokens import detokenize, tokenize, tokenizer_info
 
@@ -32,6 +33,8 @@ ROUTES = [
     ("GET", "/version", version),
     ("GET", "/metrics", metrics),
     ("GET", "/openapi.json", openapi),
+    ("GET", "/", page),
+    ("GET", "/page/{name}", page),
 ]
 
 

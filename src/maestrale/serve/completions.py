@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from maestrale.llm import Completion
+from maestrale.serve import view
 from maestrale.serve.answers import PING, EventStream, event, ignored_header, read_body, while_connected
 from maestrale.serve.context import Context
 from maestrale.serve.logprobs import Columns
@@ -45,8 +46,9 @@ async def _complete(context: Context, body: CompletionRequest) -> Response:
         found = await job.completions()
         answer = head | {
             "choices": await context.in_worker(choices.of, list(enumerate(found))),
-            "usage": usage(encoded, [completion for group in found for completion in group]),
+            "usage": (used := usage(encoded, [completion for group in found for completion in group])),
         }
+        answer |= view.cache(context, body, used["total_tokens"])
         return JSONResponse(answer, headers=ignored_header(body))
     raise AssertionError("an exit stack swallows nothing")
 
@@ -62,7 +64,7 @@ class _Choices:
         self, context: Context, body: CompletionRequest, prompts: list[str | list[int]], encoded: list[list[int]]
     ):
         self._tokenizer, self._prompts, self._encoded = context.llm.tokenizer, prompts, encoded
-        self._n, self._echo, self._logprobs = body.n or 1, body.echo, body.logprobs is not None
+        self._body, self._n, self._echo, self._logprobs = body, body.n or 1, body.echo, body.logprobs is not None
         self._columns: dict[int, Columns] = {}
         self._begun: set[int] = set()
 
@@ -88,7 +90,8 @@ class _Choices:
                 rows = columns.rows([*self._encoded[number], *ids], [*told, *logprobs], [*top, *tops])
             else:
                 rows = columns.rows(ids, logprobs, tops)
-        return {"index": index, "text": text, "logprobs": rows, "finish_reason": completion.finish_reason}
+        choice = {"index": index, "text": text, "logprobs": rows, "finish_reason": completion.finish_reason}
+        return choice | view.experts(self._body, completion)
 
 
 async def _chunks(
@@ -108,6 +111,7 @@ async def _chunks(
             made = choices.of([(piece.number, [piece.completion]) for piece in pieces])
             shown = [choice for choice in made if choice["text"] or choice["logprobs"] or choice["finish_reason"]]
             if shown or not pieces:
-                yield b"".join(event(head | {"choices": [choice]} | extra) for choice in shown) or PING
+                more = extra | view.cache(context, body, sum(len(work.ids) for work in job.work) + tokens)
+                yield b"".join(event(head | {"choices": [choice]} | more) for choice in shown) or PING
         if body.with_usage:
             yield event(head | {"choices": [], "usage": usage([work.ids for work in job.work], tokens)})

@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from maestrale.serve import view
 from maestrale.serve.context import Context
 
 
@@ -42,4 +43,4 @@ def _card(context: Context) -> dict[str, Any]:
         "max_context_length": context.llm.max_len,
         "aliases": [],
         "deprecation": None,
-    }
+    } | view.card(context)

@@ -73,6 +73,7 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    model_view: bool | None = Field(None, description="Also tell experts and the cache's filling: docs/chat.md")
     user: str | None = None
 
     @property
@@ -91,7 +92,7 @@ class Sampling(Body):
             "top_k": 0 if self.top_k == -1 else self.top_k,
             "logit_bias": None if self.logit_bias is None else dict(map(_bias, self.logit_bias.items())),
         }
-        given |= {name: getattr(self, name) for name in _SAME} | more
+        given |= {name: getattr(self, name) for name in _SAME} | {"experts": self.model_view} | more
         return SamplingParams(**{name: value for name, value in given.items() if value is not None})
 
     def _max_tokens(self, default: int | None) -> int:

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from maestrale.errors import RequestError
 from maestrale.llm import Completion
+from maestrale.serve import view
 from maestrale.serve.answers import PING, EventStream, event, ignored_header
 from maestrale.serve.context import Context
 from maestrale.serve.logprobs import chat_logprobs
@@ -38,19 +39,24 @@ async def answer(context: Context, body: Sampling, work: Work, param: str) -> Re
             chunks = _chunks(context, body, job, head | {"object": "chat.completion.chunk"}, stack.pop_all())
             return EventStream(chunks, ignored_header(body))
         (completions,) = await job.completions()
-        choices = await context.in_worker(lambda: [_choice(context, completion) for completion in completions])
-        whole = head | {"object": "chat.completion", "choices": choices, "usage": usage([work.ids], completions)}
+        choices = await context.in_worker(lambda: [_choice(context, body, completion) for completion in completions])
+        whole = head | {
+            "object": "chat.completion",
+            "choices": choices,
+            "usage": (used := usage([work.ids], completions)),
+        }
+        whole |= view.cache(context, body, used["total_tokens"])
         return JSONResponse(whole, headers=ignored_header(body))
     raise AssertionError("an exit stack swallows nothing")
 
 
-def _choice(context: Context, completion: Completion) -> dict[str, Any]:
+def _choice(context: Context, body: Sampling, completion: Completion) -> dict[str, Any]:
     return {
         "index": completion.index,
         "message": {"role": "assistant", "content": completion.text, "refusal": None},
         "logprobs": chat_logprobs(context.llm.tokenizer, completion),
         "finish_reason": completion.finish_reason,
-    }
+    } | view.experts(body, completion)
 
 
 async def _chunks(
@@ -59,11 +65,13 @@ async def _chunks(
     """The events of a streamed reply; `held` lets the job go, however it ends."""
     extra: dict[str, Any] = {"usage": None} if body.with_usage else {}
 
-    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return event(head | {"choices": [choice]} | extra)
+    def chunk(
+        index: int, delta: dict[str, Any], logprobs: Any = None, finish_reason: str | None = None, **more: Any
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason} | more
+        return event(head | {"choices": [choice]} | extra | view.cache(context, body, len(job.work[0].ids) + tokens))
 
-    tokens = 0
+    tokens = 0  # generated, over all n
     async with held:
         yield b"".join(chunk(i, {"role": "assistant", "content": ""}) for i in range(job.work[0].params.n))
         async for pieces in job.pieces(context.settings.ping):
@@ -72,7 +80,11 @@ async def _chunks(
                 tokens += len(completion.token_ids)
                 logprobs = chat_logprobs(context.llm.tokenizer, completion)
                 if completion.text or (logprobs and logprobs["content"]):
-                    written.append(chunk(completion.index, {"content": completion.text}, logprobs))
+                    written.append(
+                        chunk(
+                            completion.index, {"content": completion.text}, logprobs, **view.experts(body, completion)
+                        )
+                    )
                 if completion.finish_reason is not None:
                     written.append(chunk(completion.index, {}, None, completion.finish_reason))
             if written or not pieces:

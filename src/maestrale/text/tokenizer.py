@@ -20,6 +20,7 @@ from maestrale.text.vocabulary import Vocabulary, require_size, require_text
 _TEKKEN = re.compile(r"tekken.*\.json")
 _SENTENCEPIECE = re.compile(r".*tokenizer.*\.model(\.v\d+(m\d+)?)?")
 _HF = re.compile(r"tokenizer\.json")
+V1_SIZE = 32_000  # pieces of the v1 tokenizer that Mistral AI published
 _ACCEPTED = "tekken.json, tokenizer.model (or tokenizer.model.v3 and the like), tokenizer.json"
 
 
@@ -72,6 +73,14 @@ class Tokenizer:
         for token_id in after:
             decoder.push(token_id)
         return decoder
+
+    @property
+    def chats(self) -> bool:
+        """Whether a model with this tokenizer may have learnt to chat: it has tokens for turns, or it is the v1 of
+        32,000 pieces, whose turns are spelled as text. A tokenizer of one's own making, without such tokens, has not.
+        """
+        vocabulary = self._vocabulary
+        return "[INST]" in vocabulary.controls or (vocabulary.chat_version == "v1" and vocabulary.size == V1_SIZE)
 
     def piece(self, token_id: int) -> bytes:
         """What a token shows within a text, perhaps a part of a character; the name of one that shows nothing."""
