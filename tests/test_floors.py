@@ -9,7 +9,7 @@ import pytest
 import maestrale
 
 ROOT = Path(maestrale.__file__).parent
-F0 = ("errors", "config", "plan", "batch", "memory")
+F0 = ("errors", "config", "plan", "mesh", "batch", "memory")
 FLOORS = [F0, ("text", "checkpoint", "sampling"), ("engine",), ("torch_backend",), ("launch", "llm"), ("cli",)]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FRAMEWORKS = {"torch", "jax", "mindspore", "transformers"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,10 +32,13 @@ class LLM:
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
+    num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
+        None is what the number of ranks leaves. On other ranks than 0 the call does not return.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
-    Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
+    Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
+    where possible.
     """
 
     def __init__(
@@ -49,10 +53,14 @@ class LLM:
         *,
         max_sequences: int = 64,
         ignore_unexpected: bool = False,
+        num_pipeline_ranks: int | None = None,
+        tensor_parallel: int | None = None,
+        expert_parallel: int = 1,
         require_tokenizer: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
+        options = replace(options, pipeline=num_pipeline_ranks, tensor=tensor_parallel, expert=expert_parallel)
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._news: dict[Request, deque[Completion]] = {}
