@@ -34,6 +34,7 @@ class LLM:
     max_sequences: most sequences that run at once; others wait.
     num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
         None is what the number of ranks leaves. On other ranks than 0 the call does not return.
+    distributed_timeout: seconds after which a rank that should have answered counts as hanging.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
@@ -56,11 +57,13 @@ class LLM:
         num_pipeline_ranks: int | None = None,
         tensor_parallel: int | None = None,
         expert_parallel: int = 1,
+        distributed_timeout: float = 120.0,
         require_tokenizer: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
-        options = replace(options, pipeline=num_pipeline_ranks, tensor=tensor_parallel, expert=expert_parallel)
+        ranks = {"pipeline": num_pipeline_ranks, "tensor": tensor_parallel, "expert": expert_parallel}
+        options = replace(options, **ranks, timeout=distributed_timeout)
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._news: dict[Request, deque[Completion]] = {}
