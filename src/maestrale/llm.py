@@ -62,8 +62,8 @@ class LLM:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
-        ranks = {"pipeline": num_pipeline_ranks, "tensor": tensor_parallel, "expert": expert_parallel}
-        options = replace(options, **ranks, timeout=distributed_timeout)
+        options = replace(options, pipeline=num_pipeline_ranks, tensor=tensor_parallel, expert=expert_parallel)
+        options = replace(options, timeout=distributed_timeout)
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._news: dict[Request, deque[Completion]] = {}
