@@ -45,12 +45,16 @@ class LLM:
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
+    num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
+        None is what the number of ranks leaves. On other ranks than 0 the call does not return.
+    distributed_timeout: seconds after which a rank that should have answered counts as hanging.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
     prefix_cache: keep the pages of what was computed, for prompts that begin alike; text does not depend on it.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
-    Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
+    Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
+    where possible.
     """
 
     def __init__(
@@ -65,6 +69,10 @@ class LLM:
         *,
         max_sequences: int = 64,
         ignore_unexpected: bool = False,
+        num_pipeline_ranks: int | None = None,
+        tensor_parallel: int | None = None,
+        expert_parallel: int = 1,
+        distributed_timeout: float = 120.0,
         require_tokenizer: bool = False,
         threads: int | None = None,
         prefix_cache: bool = True,
@@ -79,8 +87,12 @@ class LLM:
             max_batch_tokens,
             max_sequences,
             ignore_unexpected,
-            threads,
-            prefix_cache,
+            threads=threads,
+            prefix_cache=prefix_cache,
+            pipeline=num_pipeline_ranks,
+            tensor=tensor_parallel,
+            expert=expert_parallel,
+            timeout=distributed_timeout,
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine

@@ -67,6 +67,7 @@ def main() -> None:
         path = context.command_path if context else "maestrale"
         _complain(f"{error.format_message()} (see {path} --help)")
         code = error.exit_code  # type: ignore[attr-defined]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing left to tidy
     sys.exit(code)
 
 
