@@ -53,6 +53,7 @@ class Batch:
     tables: for each kind of layer, int64 [B, ring] page numbers (entries not yet granted are 0 and never read).
     copies: for each kind, int64 [n, 2] pages (from, to) to copy before anything is written (copy on write).
     logit_rows: int64 [N], the rows of T whose logits are wanted.
+    adapters: int64 [B], the number of each sequence's adapter, -1 for none; None where no sequence has one.
     """
 
     token_ids: NDArray[np.int64]
@@ -61,6 +62,7 @@ class Batch:
     tables: tuple[NDArray[np.int64], ...]
     copies: tuple[NDArray[np.int64], ...]
     logit_rows: NDArray[np.int64]
+    adapters: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
+from maestrale.checkpoint.adapter import open_adapter
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
@@ -37,6 +38,7 @@ class Options:
     max_batch_tokens: int | None = None
     max_sequences: int = 64
     ignore_unexpected: bool = False
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def launch(
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
         device = _device(options.device)
+        adapters = [open_adapter(place, config) for place in options.adapters.values()]
         wanted = "bfloat16" if options.weights == "bf16" else options.dtype
         dtype = read_dtype(wanted, checkpoint.dtype)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
@@ -98,8 +101,9 @@ def launch(
         )
         from maestrale.torch_backend.runner import open_runner
 
-        runner = open_runner(checkpoint, layout, dtype, device, progress)
-    return Launched(config, Engine(runner, config.vocab_size, tokenizer, options.max_sequences), tokenizer, problem)
+        runner = open_runner(checkpoint, layout, dtype, device, progress, adapters)
+    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences, list(options.adapters))
+    return Launched(config, engine, tokenizer, problem)
 
 
 def _check(options: Options) -> None:

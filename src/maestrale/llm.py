@@ -31,6 +31,8 @@ class LLM:
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
+    adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
+    of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
@@ -49,10 +51,13 @@ class LLM:
         *,
         max_sequences: int = 64,
         ignore_unexpected: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
         require_tokenizer: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
-        options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
+        options = Options(
+            dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected, adapters or {}
+        )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._news: dict[Request, deque[Completion]] = {}
@@ -78,14 +83,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Completion]:
-        """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt.
+        """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt, and
+        likewise the name of an adapter.
 
         Returns the completions in the order of the prompts, n for each. RequestError for a request that cannot be
         served; then none is. `progress` is called with (tokens known to be done, most there can be), prompts included.
         """
-        requests = self._submit(*_pair(prompts, params))
+        requests = self._submit(*_pair(prompts, params), adapter=adapter)
         for _ in self._run(requests, progress):
             pass
         return [completion for request in requests for completion in _ordered(request)]
@@ -96,12 +103,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         reply: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Iterator[Completion]:
         """As `generate`, but yields what each step adds. `index` tells continuations apart: prompt i's n
         continuations have i * n to i * n + n - 1. reply: the text begins anew, as the answer in a chat does, and does
         not go on from the prompt's (no space between the two). A step that only reads on in the prompts yields an
         empty piece, so that a caller may stop there."""
-        requests = self._submit(*_pair(prompts, params), reply=reply)
+        requests = self._submit(*_pair(prompts, params), reply=reply, adapter=adapter)
         first = dict(zip(requests, np.cumsum([0] + [r.params.n for r in requests]).tolist(), strict=False))
         for request, piece in self._run(requests):
             piece.index += first[request]
@@ -112,16 +120,22 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        adapter: str | None = None,
     ) -> Completion:
         """The assistant's answer to OpenAI-style messages, in the model's own chat form."""
         ids = self.tokenizer.encode_chat(messages, tools)
-        (request,) = requests = self._submit([ids], [params or SamplingParams()], reply=True)
+        (request,) = requests = self._submit([ids], [params or SamplingParams()], reply=True, adapter=adapter)
         for _ in self._run(requests):
             pass
         return _ordered(request)[0]
 
     def logits(
-        self, list_of_token_ids: Sequence[Sequence[int]], chunk_size: int | None = None
+        self,
+        list_of_token_ids: Sequence[Sequence[int]],
+        chunk_size: int | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Float32 [n_tokens, vocab] for each sequence: row i scores what follows token i.
 
@@ -130,7 +144,8 @@ class LLM:
         if chunk_size is not None and chunk_size < 1:
             raise RequestError(f"chunk_size = {chunk_size}: expected a whole number of at least 1", "chunk_size")
         score = SamplingParams(max_tokens=0)
-        requests = self._submit(list_of_token_ids, [score] * len(list_of_token_ids), chunk_size, keep_logits=True)
+        scores = [score] * len(list_of_token_ids)
+        requests = self._submit(list_of_token_ids, scores, chunk_size, keep_logits=True, adapter=adapter)
         for _ in self._run(requests):
             pass
         return [np.stack(request.logits or []) for request in requests]
@@ -142,13 +157,19 @@ class LLM:
         chunk_size: int | None = None,
         keep_logits: bool = False,
         reply: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")
         requests: list[Request] = []
         try:
-            for prompt, asked in zip(prompts, params, strict=True):
+            for prompt, asked, name in zip(prompts, params, adapters, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
                 requests.append(
-                    self._engine.submit(ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply)
+                    self._engine.submit(
+                        ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
+                    )
                 )
         except BaseException:
             self._abort(requests)

@@ -23,6 +23,7 @@ from maestrale.cli.evaluate import evaluate
 from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
+from maestrale.cli.merge import merge
 from maestrale.cli.train import train
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
@@ -33,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "eval": evaluate,
     "convert": convert,
+    "merge": merge,
     "train": train,
     "bench": bench,
 }

@@ -34,6 +34,10 @@ MaxLen = Annotated[
 MaxBatchTokens = Annotated[
     int | None, typer.Option(help="Most tokens computed in one step.", show_default=False, rich_help_panel=MODEL)
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="A LoRA adapter to run the model with, unmerged.", show_default=False, rich_help_panel=MODEL),
+]
 IgnoreUnexpected = Annotated[
     bool,
     typer.Option(

@@ -12,6 +12,7 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
     """wanted: for each sequence of the schedule, the positions (of those computed now) whose logits are wanted."""
     spans = [(sequence.computed, sequence.computed + count) for sequence, count in schedule.work]
     starts = np.cumsum([0] + [end - begin for begin, end in spans])
+    adapters = np.array([sequence.request.adapter for sequence, _ in schedule.work], np.int64)
     tables = [sequence.table for sequence, _ in schedule.work if sequence.table is not None]
     return Batch(
         token_ids=np.concatenate(
@@ -30,4 +31,5 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
                 for rows, (begin, _), start in zip(wanted, spans, starts[:-1], strict=True)
             ]
         ),
+        adapters=adapters if (adapters >= 0).any() else None,
     )

@@ -24,8 +24,16 @@ from maestrale.text.tokenizer import Tokenizer
 class Engine:
     """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it."""
 
-    def __init__(self, runner: Runner, vocab_size: int, tokenizer: Tokenizer | None, max_sequences: int):
-        self.runner, self.vocab_size, self.tokenizer = runner, vocab_size, tokenizer
+    def __init__(
+        self,
+        runner: Runner,
+        vocab_size: int,
+        tokenizer: Tokenizer | None,
+        max_sequences: int,
+        adapters: Items[str] = (),
+    ):
+        """adapters: the names of the runner's, in its order."""
+        self.runner, self.vocab_size, self.tokenizer, self.adapters = runner, vocab_size, tokenizer, tuple(adapters)
         self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
         self.pages = Pages(runner.layout)
         self.scheduler = Scheduler(self.pages, runner.layout.max_chunk, max_sequences)
@@ -38,12 +46,13 @@ class Engine:
         chunk_size: int | None = None,
         keep_logits: bool = False,
         reply: bool = False,
+        adapter: str | None = None,
     ) -> Request:
         """Queues a prompt of token ids. RequestError where it cannot be served, with the offending `param`.
 
         chunk_size: the most prompt tokens to compute in a step. keep_logits: keep every row of logits.
         reply: the completion's text begins anew, as a chat's answer does, and does not go on from the prompt's: no
-        space between the two is part of it.
+        space between the two is part of it. adapter: the name of the one to go through; None is the model alone.
         """
         layout = self.runner.layout
         self._check_prompt(prompt, params)
@@ -55,6 +64,7 @@ class Engine:
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
             reply=reply,
+            adapter=self._adapter(adapter),
         )
         self._check_width(request)
         self._prepare(request.sequences[0])
@@ -107,6 +117,14 @@ class Engine:
     def _fail(self, request: Request, error: RequestError) -> None:
         request.error = error
         self.abort(request)
+
+    def _adapter(self, name: str | None) -> int:
+        if name is None:
+            return -1
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise RequestError(f"adapter {name!r}: no such adapter is loaded; there are {known}", param="adapter")
+        return self.adapters.index(name)
 
     def _check_prompt(self, prompt: Items[int], params: SamplingParams) -> None:
         if len(prompt) == 0:

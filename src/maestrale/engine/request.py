@@ -73,7 +73,7 @@ class Request:
 
     It begins as one sequence. When the prompt is computed it becomes n of them (or a beam's width) on the same pages.
     text_before: the ids whose text a completion goes on from. seed: the one sampling uses.
-    length_limit: known tokens at which a sequence ends. chunk: most tokens a step.
+    length_limit: known tokens at which a sequence ends. chunk: most tokens a step. adapter: its number, -1 for none.
     """
 
     def __init__(
@@ -86,8 +86,9 @@ class Request:
         chunk: int,
         keep_logits: bool = False,
         reply: bool = False,
+        adapter: int = -1,
     ):
-        self.prompt, self.params = list(prompt), params
+        self.prompt, self.params, self.adapter = list(prompt), params, adapter
         self.text_before: list[int] = [] if reply else self.prompt
         self.seed, self.length_limit, self.chunk = seed, length_limit, chunk
         self.width = max(params.n, params.beam_width)
