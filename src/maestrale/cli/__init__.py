@@ -18,6 +18,7 @@ import typer
 import maestrale
 from maestrale.cli.bench import bench
 from maestrale.cli.convert import convert
+from maestrale.cli.data import data
 from maestrale.cli.demo import demo
 from maestrale.cli.evaluate import evaluate
 from maestrale.cli.generate import generate
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "eval": evaluate,
     "convert": convert,
+    "data": data,
     "merge": merge,
     "train": train,
     "bench": bench,
