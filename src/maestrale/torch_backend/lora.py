@@ -37,6 +37,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, scale: float, dora: bool):
         super().__init__()
         self.base, self.scale, self.active = base, scale, True
+        self.in_features, self.out_features = base.in_features, base.out_features
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
