@@ -21,6 +21,7 @@ from maestrale.cli.convert import convert
 from maestrale.cli.data import data
 from maestrale.cli.demo import demo
 from maestrale.cli.evaluate import evaluate
+from maestrale.cli.finetune import finetune
 from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
@@ -38,6 +39,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "data": data,
     "merge": merge,
     "train": train,
+    "finetune": finetune,
     "bench": bench,
 }
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

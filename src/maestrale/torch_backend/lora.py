@@ -7,8 +7,9 @@ for each output it is DoRA, arXiv 2402.09353).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,11 +31,12 @@ GROUPS = {
 class LoraLinear(nn.Module):
     """x → base(x) + scale * lora_B(lora_A(x)), and base(x) alone while not `active`.
 
-    With a magnitude each output is that sum times magnitude / |row of W + scale * B A|; the norm takes no part in the
-    gradient (DoRA, section 4.3). Adapter weights are fp32; the base stays as it is.
+    base: a linear layer, or what has its weight and sizes; it stays as it is. Adapter weights are fp32. With a
+    magnitude each output is that sum times magnitude / |row of W + scale * B A|; the norm takes no part in the
+    gradient (DoRA, section 4.3).
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dora: bool):
+    def __init__(self, base: Any, rank: int, scale: float, dora: bool):
         super().__init__()
         self.base, self.scale, self.active = base, scale, True
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -63,9 +65,11 @@ class LoraLinear(nn.Module):
         """|row of W + scale * B A|, fp32 [out]."""
         return (self.base.weight.float() + self.scale * self.lora_B.weight @ self.lora_A.weight).norm(dim=1)
 
-    def delta(self) -> Delta:
-        a, b = (part.weight.detach().cpu().numpy() for part in (self.lora_A, self.lora_B))
-        return Delta(a, b, self.scale, None if self.magnitude is None else self.magnitude.detach().cpu().numpy())
+    def delta(self, whole: Callable[[torch.Tensor], torch.Tensor]) -> Delta:
+        """whole: puts a parameter together that is cut over ranks."""
+        a, b = (whole(part.weight).detach().cpu().numpy() for part in (self.lora_A, self.lora_B))
+        magnitude = None if self.magnitude is None else whole(self.magnitude).detach().cpu().numpy()
+        return Delta(a, b, self.scale, magnitude)
 
 
 def target_layers(config: ModelConfig, targets: Sequence[str]) -> list[str]:
@@ -94,7 +98,7 @@ def add_lora(model: nn.Module, names: Sequence[str], rank: int, scale: float, do
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        layer = LoraLinear(model.get_submodule(name), rank, scale, dora)  # type: ignore[arg-type]
+        layer = LoraLinear(model.get_submodule(name), rank, scale, dora)
         layer.reset(generator)
         model.set_submodule(name, layer)
 
@@ -103,15 +107,17 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
-def to_adapter(model: nn.Module) -> Adapter:
+def to_adapter(
+    model: nn.Module, whole: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter
+) -> Adapter:
     """What has been learnt, ready to be written."""
-    return Adapter({name: layer.delta() for name, layer in lora_layers(model).items()}, "this run")
+    return Adapter({name: layer.delta(whole) for name, layer in lora_layers(model).items()}, "this run")
 
 
 def load_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Puts layers with an adapter's weights into a model that has none."""
     for name, delta in adapter.deltas.items():
-        layer = LoraLinear(model.get_submodule(name), delta.rank, delta.scale, delta.magnitude is not None)  # type: ignore[arg-type]
+        layer = LoraLinear(model.get_submodule(name), delta.rank, delta.scale, delta.magnitude is not None)
         with torch.no_grad():
             layer.lora_A.weight.copy_(torch.from_numpy(delta.a))
             layer.lora_B.weight.copy_(torch.from_numpy(delta.b))

@@ -67,10 +67,8 @@ class Run:
                 self.states.clear()
             yield
 
-    def go(
-        self, model: Transformer, objective: Objective, heldout: Objective | None, keep_best: bool = False
-    ) -> tuple[float, Report]:
-        """All steps, from the last state if it is resumed: (seconds spent, the report, for a last word).
+    def go(self, model: Transformer, objective: Objective, heldout: Objective | None, keep_best: bool = False) -> float:
+        """All steps, from the last state if it is resumed; seconds spent.
 
         keep_best: the weights of the lowest held-out loss stand in the model afterwards, not the last ones.
         MaestraleError where the loss is no finite number. After SIGINT or SIGTERM the state is saved and SystemExit
@@ -88,12 +86,12 @@ class Run:
                 raise UsageError(f"{self.states.path}: the training data has changed since; --force begins again")
         if settings.compile:
             steps.compile_parts(model)
-        report = Report(self.folder / "log.jsonl", settings, done.step, silent=not self.ranks.first)
-        with report, _stop_signals() as stopped:
+        self.report = Report(self.folder / "log.jsonl", settings, done.step, silent=not self.ranks.first)
+        with self.report as report, _stop_signals() as stopped:
             seconds = self._loop(model, optimizer, objective, heldout, done, report, stopped, keep_best)
         if keep_best and heldout is not None:
             self.states.load_best(model)
-        return seconds, report
+        return seconds
 
     def draw(self) -> None:
         if self.ranks.first:

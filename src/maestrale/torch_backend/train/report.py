@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from maestrale.errors import DiskError, UsageError
+from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
 from maestrale.torch_backend.train.settings import LoopSettings, TrainSettings
 from maestrale.torch_backend.train.step import Step
 
@@ -162,4 +163,26 @@ A small language model trained from scratch by `maestrale train`.
 | trained on | {result["tokens"]:,} tokens in {result["steps"]:,} steps of {settings.batch_size} x {settings.seq_len} |
 | time | {result["seconds"] / 60:.0f} minutes |
 | held-out loss | {result["nats_per_token"]:.4f} nats per token, {result["bits_per_byte"]:.4f} bits per byte |
+"""
+
+
+def finetune_card(settings: FinetuneSettings, result: Mapping[str, Any]) -> str:
+    """README.md of a fine-tuned folder."""
+    how = "all weights"
+    if settings.method != "full":
+        how = f"{settings.method}, rank {settings.rank}, alpha {settings.alpha:g}, on {', '.join(settings.targets)}"
+    loss = "not measured" if result["heldout_loss"] is None else f"{result['heldout_loss']:.4f}"
+    if result["heldout_accuracy"] is not None:
+        loss += f", {result['heldout_accuracy']:.1%} of the classes right"
+    return f"""# {Path(settings.out).name}
+
+{Path(settings.model).name}, fine-tuned by `maestrale finetune`.
+
+| | |
+|---|---|
+| task | {settings.task} |
+| learnt | {how}: {result["learnable"]:,} parameters |
+| data | {Path(settings.train).name}: {result["samples"]:,} samples |
+| steps | {result["steps"]:,} of {settings.batch_size}, lr {settings.lr:g}, {result["seconds"] / 60:.1f} minutes |
+| held-out loss | {loss} |
 """

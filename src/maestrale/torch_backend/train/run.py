@@ -49,7 +49,7 @@ def train(settings: TrainSettings, resume: bool = False, force: bool = False) ->
     with run.owned():
         data, heldout, heldout_bytes = _prepare(settings, run.folder, resume)
         model = steps.new_model(settings.model, settings.seed) if settings.start is None else _load(settings)
-        seconds, report = run.go(model, data, heldout)
+        seconds = run.go(model, data, heldout)
         nats, n_labels = steps.evaluate(model, heldout, np.arange(len(heldout)), settings)
         result = TrainResult(
             out=settings.out,
@@ -60,7 +60,7 @@ def train(settings: TrainSettings, resume: bool = False, force: bool = False) ->
             nats_per_token=nats / n_labels,
             bits_per_byte=nats / _NATS_PER_BIT / heldout_bytes,
         )
-        report.heldout(settings.steps, result.nats_per_token, result.bits_per_byte)
+        run.report.heldout(settings.steps, result.nats_per_token, result.bits_per_byte)
         run.draw()
         card = run.folder / "README.md"
         with atomic_file(card) as partial:
