@@ -235,9 +235,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     }
 
 
-def shares(
-    launched: Launched, facts: dict[str, Any], limits: dict[str, float]
-) -> dict[str, dict[str, Any]]:
+def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
     from maestrale.checkpoint.dtypes import byte_count
 
@@ -247,7 +245,9 @@ def shares(
     prefill = {"operations": work, "share_of_limit": rate / limits["matmul_operations_per_second"]}
     decode = {}
     for size, found in facts["decode"].items():
-        read = step_bytes(config, int(size), CONTEXT + facts["decode_tokens"] // 2, element_bytes, launched.tensor_bytes)
+        read = step_bytes(
+            config, int(size), CONTEXT + facts["decode_tokens"] // 2, element_bytes, launched.tensor_bytes
+        )
         rate = found["tokens_per_second"] / int(size) * read
         decode[size] = {**found, "bytes_per_step": read, "share_of_limit": rate / limits["read_bytes_per_second"]}
     return {"prefill": facts["prefill"] | prefill, "decode": decode}

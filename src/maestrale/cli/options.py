@@ -34,7 +34,9 @@ Backend = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Threads of the native backend; all cores where not said.", show_default=False, rich_help_panel=MODEL),
+    typer.Option(
+        help="Threads of the native backend; all cores where not said.", show_default=False, rich_help_panel=MODEL
+    ),
 ]
 MaxLen = Annotated[
     int | None,
@@ -55,6 +57,10 @@ TensorParallel = Annotated[
 ]
 ExpertParallel = Annotated[
     int, typer.Option(help="Under torchrun: groups that a mixture's experts are divided into.", rich_help_panel=MODEL)
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="A LoRA adapter to run the model with, unmerged.", show_default=False, rich_help_panel=MODEL),
 ]
 IgnoreUnexpected = Annotated[
     bool,

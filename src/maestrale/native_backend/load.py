@@ -94,9 +94,7 @@ def rope_speeds(config: ModelConfig) -> NDArray[np.float32]:
 class _Loader:
     """Takes tensors one by one and counts them."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]
-    ):
+    def __init__(self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]):
         self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
         self.done, self.total = 0, len(checkpoint.names())
 
@@ -108,7 +106,10 @@ class _Loader:
         wide = self.alike([f"{part}{name}.weight" for part in parts for name in ("w1", "w3")])
         return {
             "attention_norm": self.vector(prefix + "attention_norm.weight"),
-            **{name: kernels.weight(self.linear(f"{prefix}attention.{name}.weight")) for name in ("wq", "wk", "wv", "wo")},
+            **{
+                name: kernels.weight(self.linear(f"{prefix}attention.{name}.weight"))
+                for name in ("wq", "wk", "wv", "wo")
+            },
             "ffn_norm": self.vector(prefix + "ffn_norm.weight"),
             "gate": None if moe is None else self.vector(ffn + "gate.weight"),
             "w1": wide[::2],
@@ -136,7 +137,7 @@ class _Loader:
         return [kernels.weight(weight) for weight in packed]
 
     def linear(self, name: str) -> PackedWeight:
-        if (packed := getattr(self.checkpoint,'packed',lambda n:None)(name)) is None:
+        if (packed := getattr(self.checkpoint, "packed", lambda n: None)(name)) is None:
             tensor = self.checkpoint.tensor(name)
             packed = self._pack(tensor)
             self.checkpoint.release(name)
