@@ -15,6 +15,7 @@ from maestrale.engine.pages import Pages
 from maestrale.engine.prefix import PrefixCache
 from maestrale.engine.request import Completion, Request, Row, Sequence
 from maestrale.engine.scheduler import Schedule, Scheduler
+from maestrale.engine.speculation import Speculation
 from maestrale.errors import RequestError
 from maestrale.sampling.beam import BeamSearch
 from maestrale.sampling.constraint import Constraint
@@ -27,8 +28,9 @@ from maestrale.text.tokenizer import Tokenizer
 class Engine:
     """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it.
 
-    prefix_cache: whether a prompt may begin on the pages of an earlier one that began alike. adapters: the names of the
-    runner's, in its order.
+    prefix_cache: whether a prompt may begin on the pages of an earlier one that began alike. speculate: whether what
+    a text has said before may be tried again. No text depends on either. adapters: the names of the runner's, in its
+    order.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class Engine:
         adapters: Items[str] = (),
         *,
         prefix_cache: bool = True,
+        speculate: bool = True,
     ):
         self.runner, self.vocab_size, self.tokenizer, self.adapters = runner, vocab_size, tokenizer, tuple(adapters)
         self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
         self.pages = Pages(runner.layout)
         self.prefixes = PrefixCache(self.pages, prefix_cache)
         self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
+        self.speculation = Speculation(runner.layout.max_chunk, speculate)
         self.suspects = Suspects()
 
     def submit(
@@ -100,8 +104,11 @@ class Engine:
         A request that failed has its `error` set and no pages any more; the others are not touched. When a step
         fails, the next ones compute its requests one by one, and only who fails alone is at fault.
         """
-        suspect = self.suspects.next()
-        schedule = self.scheduler.schedule() if suspect is None else self.scheduler.schedule_alone(suspect)
+        if (suspect := self.suspects.next()) is None:
+            self.speculation.draft(self.scheduler.running)
+            schedule = self.scheduler.schedule()
+        else:
+            schedule = self.scheduler.schedule_alone(suspect)
         if not schedule.work:
             return []
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
@@ -114,7 +121,7 @@ class Engine:
             self.scheduler.undo(schedule)
             raise
         news: list[tuple[Request, Completion]] = []
-        ready: dict[Request, list[tuple[Sequence, Row]]] = {}
+        ready: dict[Request, list[tuple[Sequence, list[Row]]]] = {}
         row = 0
         for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
             rows, row = output.logits[row : row + len(positions)], row + len(positions)
@@ -122,11 +129,14 @@ class Engine:
                 self._read_prompt_rows(sequence, positions, rows)
             except Exception as error:
                 self._fail(sequence.request, error)
-            sequence.computed += count
+            drafted = max(count - sequence.pending, 0)
+            sequence.computed += count - drafted
             self.prefixes.publish(sequence)
             if not sequence.pending and not sequence.request.finished:
-                experts = None if output.experts is None else output.experts[row - 1]
-                ready.setdefault(sequence.request, []).append((sequence, Row(rows[-1], experts)))
+                last = range(row - 1 - drafted, row)
+                experts = [None if output.experts is None else output.experts[i] for i in last]
+                own = [Row(output.logits[i], chosen) for i, chosen in zip(last, experts, strict=True)]
+                ready.setdefault(sequence.request, []).append((sequence, own))
         for request, last_rows in ready.items():
             try:
                 news += [(request, piece) for piece in self._advance(request, last_rows)]
@@ -228,8 +238,9 @@ class Engine:
                 request.prompt_logprobs.append(logprob)
                 request.prompt_top_logprobs.append(top)
 
-    def _advance(self, request: Request, rows: list[tuple[Sequence, Row]]) -> list[Completion]:
-        """Turns the rows of sequences that have caught up into their next tokens."""
+    def _advance(self, request: Request, rows: list[tuple[Sequence, list[Row]]]) -> list[Completion]:
+        """Turns the rows of sequences that have caught up into their next tokens. Each sequence has one row, or one
+        more for each token of its draft that was computed."""
         if request.params.beam_width > 1 and request.params.max_tokens > 0:
             return self._advance_beams(request, rows)
         if not request.forked:
@@ -238,7 +249,20 @@ class Engine:
             rows = [(leader, row)] + [(self._fork(leader, i), row) for i in range(1, request.params.n)]
         if request.params.max_tokens == 0:
             return [self._finish(sequence, "length", Completion(index=sequence.index)) for sequence, _ in rows]
-        return [self._append(sequence, row) for sequence, row in rows]
+        return [piece for sequence, own in rows for piece in self._extend(sequence, own)]
+
+    def _extend(self, sequence: Sequence, rows: list[Row]) -> list[Completion]:
+        """Appends a token for the first row, and for each further one while the draft has foretold the token before."""
+        draft, sequence.draft = sequence.draft[: len(rows) - 1], []
+        pieces = [self._append(sequence, rows[0])]
+        for guess, row in zip(draft, rows[1:], strict=True):
+            if pieces[-1].finish_reason is not None or sequence.tokens[-1] != guess:
+                break
+            sequence.computed += 1
+            pieces.append(self._append(sequence, row))
+        if draft and sequence.lookup is not None:
+            self.speculation.learn(sequence.lookup, len(draft), len(pieces) - 1)
+        return pieces
 
     def _append(self, sequence: Sequence, row: Row) -> Completion:
         request, params = sequence.request, sequence.request.params
@@ -319,7 +343,7 @@ class Engine:
         sequence.request.sequences.append(twin)
         return twin
 
-    def _advance_beams(self, request: Request, rows: list[tuple[Sequence, Row]]) -> list[Completion]:
+    def _advance_beams(self, request: Request, rows: list[tuple[Sequence, list[Row]]]) -> list[Completion]:
         params = request.params
         if request.beam is None:
             request.forked = True
@@ -330,7 +354,7 @@ class Engine:
                 params.length_penalty,
                 params.min_tokens,
             )
-        continued = request.beam.advance(log_softmax(np.stack([row.logits for _, row in rows])))
+        continued = request.beam.advance(log_softmax(np.stack([own[-1].logits for _, own in rows])))
         if request.beam.done:
             return self._finish_beams(request, request.beam)
         parents = [sequence for sequence, _ in rows]

@@ -56,6 +56,8 @@ class Scheduler:
                     scheduled.add(request)
                     budget -= sum(count for _, count in work)
                     break
+                if request.forget_drafts():
+                    continue
                 short = True
                 later = self.running[self.running.index(request) :]
                 victim = next((r for r in reversed(later) if r not in scheduled), None)
@@ -127,4 +129,4 @@ class Scheduler:
         for sequence in request.sequences:
             if sequence.table is not None:
                 self.pages.release(sequence.table)
-            sequence.table, sequence.computed = None, 0
+            sequence.table, sequence.computed, sequence.draft = None, 0, []
