@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.config import ModelConfig
+from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
 from maestrale.launch import Options, launch
@@ -126,6 +127,10 @@ class LLM:
         if self._launched.tokenizer is None:
             raise self._launched.tokenizer_error or RuntimeError("no tokenizer")
         return self._launched.tokenizer
+
+    def counters(self) -> Counters:
+        """What the engine has done so far, and what it holds."""
+        return self._engine.counters()
 
     def generate(
         self,

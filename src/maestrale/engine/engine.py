@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from maestrale.batch import Runner
 from maestrale.engine.assemble import assemble
 from maestrale.engine.confine import Suspects, as_ours
+from maestrale.engine.counters import Counters, PoolCounters
 from maestrale.engine.pages import Pages
 from maestrale.engine.prefix import PrefixCache
 from maestrale.engine.request import Completion, Request, Row, Sequence
@@ -51,6 +52,7 @@ class Engine:
         self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
         self.speculation = Speculation(runner.layout.max_chunk, speculate)
         self.suspects = Suspects()
+        self.steps = self.tokens_in = self.tokens_out = self.failed = self.failed_steps = 0
 
     def submit(
         self,
@@ -86,6 +88,7 @@ class Engine:
         self._check_width(request)
         self._prepare(request.sequences[0])
         self.scheduler.add(request)
+        self.tokens_in += len(prompt)
         return request
 
     @property
@@ -111,6 +114,7 @@ class Engine:
             schedule = self.scheduler.schedule_alone(suspect)
         if not schedule.work:
             return []
+        self.steps += 1
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         try:
             output = self.runner.step(assemble(schedule, wanted, len(self.pages.pools)))
@@ -142,9 +146,34 @@ class Engine:
                 news += [(request, piece) for piece in self._advance(request, last_rows)]
             except Exception as error:
                 self._fail(request, error)
+        self.tokens_out += sum(len(piece.token_ids) for _, piece in news)
         return news
 
+    def counters(self) -> Counters:
+        waiting, running = self.scheduler.waiting, self.scheduler.running
+        layout = self.pages.layout
+        return Counters(
+            waiting=len(waiting),
+            running=len(running),
+            sequences=sum(len(request.sequences) for request in running),
+            pools=tuple(
+                PoolCounters(window, total, len(pool.free), len(pool.cached), pool.evictions)
+                for window, total, pool in zip(layout.windows, layout.pages, self.pages.pools, strict=True)
+            ),
+            steps=self.steps,
+            tokens_in=self.tokens_in,
+            tokens_out=self.tokens_out,
+            prefix_asked=self.prefixes.asked,
+            prefix_found=self.prefixes.found,
+            drafted=self.speculation.drafted,
+            accepted=self.speculation.accepted,
+            preemptions=self.scheduler.preemptions,
+            failed=self.failed,
+            failed_steps=self.failed_steps,
+        )
+
     def _confine(self, schedule: Schedule, error: Exception) -> None:
+        self.failed_steps += 1
         requests = {sequence.request for sequence, _ in schedule.work}
         if len(requests) == 1:
             self._fail(requests.pop(), error)
@@ -155,6 +184,7 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> None:
         if request.finished:  # it has failed by another of its sequences
             return
+        self.failed += 1
         request.error = as_ours(error)
         for sequence in request.sequences:
             if sequence.table is not None:
