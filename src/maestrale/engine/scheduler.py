@@ -101,7 +101,7 @@ class Scheduler:
             sequence.table = self.pages.new_table()
         found = self.prefixes.look_up(request)
         work = request.takes(budget)
-        if not work or not self._grant(work, step):
+        if not work or not self._has_room(request) or not self._grant(work, step):
             self._release(request)
             return 0
         self.waiting.remove(request)
@@ -109,6 +109,15 @@ class Scheduler:
         self.prefixes.asked += sum(len(sequence.tokens) for sequence in request.sequences)
         self.prefixes.found += found
         return sum(count for _, count in work)
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether all that a request knows fits, and a page more for each sequence that runs: else it, or they, would
+        soon be preempted and compute again."""
+        if not self.running:
+            return True
+        growth = sum(len(other.sequences) for other in self.running) + len(request.sequences)
+        whole = [(s.table, s.computed, len(s.tokens)) for s in request.sequences if s.table is not None]
+        return self.pages.fits(whole, growth)
 
     def _grant(self, work: list[tuple[Sequence, int]], step: Schedule) -> bool:
         spans = [(s.table, s.computed, s.computed + count) for s, count in work if s.table is not None]
