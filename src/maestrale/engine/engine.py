@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maestrale.batch import Runner
+from maestrale.batch import Batch, Pipelined, Runner
 from maestrale.engine.assemble import assemble
 from maestrale.engine.confine import Suspects, as_ours
 from maestrale.engine.counters import Counters, PoolCounters
@@ -17,13 +19,32 @@ from maestrale.engine.prefix import PrefixCache
 from maestrale.engine.request import Completion, Request, Row, Sequence
 from maestrale.engine.scheduler import Schedule, Scheduler
 from maestrale.engine.speculation import Speculation
-from maestrale.errors import RequestError
+from maestrale.errors import DistributedError, RequestError
 from maestrale.sampling.beam import BeamSearch
 from maestrale.sampling.constraint import Constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.sampling.policy import history_for, log_softmax, sample, token_logprob
 from maestrale.sampling.stop import StopStrings
 from maestrale.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one sequence has of a step. wanted: positions whose logits are. drafted: how many of its tokens were
+    guessed. last: whether its known tokens end here, so that the next one comes of it."""
+
+    wanted: range
+    drafted: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """A batch that is under way."""
+
+    schedule: Schedule
+    batch: Batch
+    parts: dict[Sequence, Part]
 
 
 class Engine:
@@ -50,8 +71,11 @@ class Engine:
         self.pages = Pages(runner.layout)
         self.prefixes = PrefixCache(self.pages, prefix_cache)
         self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
-        self.speculation = Speculation(runner.layout.max_chunk, speculate)
+        self._pipeline = runner if isinstance(runner, Pipelined) else None
+        self._depth = 1 if self._pipeline is None else self._pipeline.depth
+        self.speculation = Speculation(runner.layout.max_chunk, speculate and self._depth == 1)
         self.suspects = Suspects()
+        self._under_way: deque[Step] = deque()
         self.steps = self.tokens_in = self.tokens_out = self.failed = self.failed_steps = 0
 
     def submit(
@@ -105,39 +129,61 @@ class Engine:
         """One batch. Gives, for each sequence that went on, what was added to it, as a Completion.
 
         A request that failed has its `error` set and no pages any more; the others are not touched. When a step
-        fails, the next ones compute its requests one by one, and only who fails alone is at fault.
+        fails, the next ones compute its requests one by one, and only who fails alone is at fault. A runner of several
+        stages is given batches of other sequences until all its stages have one.
         """
+        while len(self._under_way) < self._depth and self._begin():
+            pass
+        return self._end(self._under_way.popleft()) if self._under_way else []
+
+    def _begin(self) -> bool:
+        """Puts a step under way, where there is anything to compute."""
         if (suspect := self.suspects.next()) is None:
             self.speculation.draft(self.scheduler.running)
-            schedule = self.scheduler.schedule()
+            schedule = self.scheduler.schedule(self._depth, {s.request for step in self._under_way for s in step.parts})
         else:
             schedule = self.scheduler.schedule_alone(suspect)
         if not schedule.work:
-            return []
+            return False
         self.steps += 1
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
+        batch = assemble(schedule, wanted, len(self.pages.pools))
+        parts = {}
+        for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
+            drafted = max(count - sequence.pending, 0)
+            sequence.computed += count - drafted
+            parts[sequence] = Part(positions, drafted, last=not sequence.pending)
+        self._under_way.append(Step(schedule, batch, parts))
+        if self._pipeline is not None:
+            self._pipeline.send(batch)
+        return True
+
+    def _end(self, step: Step) -> list[tuple[Request, Completion]]:
+        """What the oldest step under way brought."""
         try:
-            output = self.runner.step(assemble(schedule, wanted, len(self.pages.pools)))
+            output = self._pipeline.receive() if self._pipeline is not None else self.runner.step(step.batch)
+        except DistributedError:
+            raise  # no request's fault, and there is nothing left to run on
         except Exception as error:
-            self._confine(schedule, error)
+            self._confine(step.schedule, error)
             return []
         except BaseException:  # Ctrl-C: whoever is asked to go on after it must find whole pages
-            self.scheduler.undo(schedule)
+            self.scheduler.undo(step.schedule)
             raise
         news: list[tuple[Request, Completion]] = []
         ready: dict[Request, list[tuple[Sequence, list[Row]]]] = {}
         row = 0
-        for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
-            rows, row = output.logits[row : row + len(positions)], row + len(positions)
+        for sequence, part in step.parts.items():
+            rows, row = output.logits[row : row + len(part.wanted)], row + len(part.wanted)
+            if sequence.request.finished:  # while it was under way
+                continue
             try:
-                self._read_prompt_rows(sequence, positions, rows)
+                self._read_prompt_rows(sequence, part.wanted, rows)
             except Exception as error:
                 self._fail(sequence.request, error)
-            drafted = max(count - sequence.pending, 0)
-            sequence.computed += count - drafted
             self.prefixes.publish(sequence)
-            if not sequence.pending and not sequence.request.finished:
-                last = range(row - 1 - drafted, row)
+            if part.last and not sequence.request.finished:
+                last = range(row - 1 - part.drafted, row)
                 experts = [None if output.experts is None else output.experts[i] for i in last]
                 own = [Row(output.logits[i], chosen) for i, chosen in zip(last, experts, strict=True)]
                 ready.setdefault(sequence.request, []).append((sequence, own))
