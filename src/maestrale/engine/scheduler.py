@@ -39,10 +39,12 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def remove(self, request: Request) -> None:
-        """Forget a request, wherever it is; its pages are free again."""
-        self._release(request)
-        (self.running if request in self.running else self.waiting).remove(request)
+    def end(self, request: Request) -> None:
+        """Ends a request, wherever it is; its pages are free at once. Harmless where it has ended already."""
+        if not request.finished:
+            self._release(request)
+            (self.running if request in self.running else self.waiting).remove(request)
+            request.sequences = []
 
     def schedule(self) -> Schedule:
         step, budget = Schedule(), self.max_batch_tokens
