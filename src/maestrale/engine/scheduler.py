@@ -40,10 +40,12 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def remove(self, request: Request) -> None:
-        """Forget a request, wherever it is; its pages are free again."""
-        self._release(request)
-        (self.running if request in self.running else self.waiting).remove(request)
+    def end(self, request: Request) -> None:
+        """Ends a request, wherever it is; its pages are free at once. Harmless where it has ended already."""
+        if not request.finished:
+            self._release(request)
+            (self.running if request in self.running else self.waiting).remove(request)
+            request.sequences = []
 
     def schedule(self, depth: int = 1, under_way: Set[Request] = frozenset()) -> Schedule:
         """depth: how many steps share the requests, each a part of them. under_way: those that another step computes:
