@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.config import ModelConfig
+from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
 from maestrale.launch import Options, launch
@@ -52,7 +53,9 @@ class LLM:
     of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
-    prefix_cache: keep the pages of what was computed, for prompts that begin alike; text does not depend on it.
+    prefix_cache: keep the pages of what was computed, for prompts that begin alike.
+    speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
+    either.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
@@ -79,6 +82,7 @@ class LLM:
         require_tokenizer: bool = False,
         threads: int | None = None,
         prefix_cache: bool = True,
+        speculate: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
@@ -92,6 +96,7 @@ class LLM:
             ignore_unexpected,
             threads=threads,
             prefix_cache=prefix_cache,
+            speculate=speculate,
             pipeline=num_pipeline_ranks,
             tensor=tensor_parallel,
             expert=expert_parallel,
@@ -122,6 +127,10 @@ class LLM:
         if self._launched.tokenizer is None:
             raise self._launched.tokenizer_error or RuntimeError("no tokenizer")
         return self._launched.tokenizer
+
+    def counters(self) -> Counters:
+        """What the engine has done so far, and what it holds."""
+        return self._engine.counters()
 
     def generate(
         self,
