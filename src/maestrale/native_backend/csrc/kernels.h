@@ -11,6 +11,11 @@
 
 namespace maestrale {
 
+// Rows and blocks of 16 outputs whose sums stay in registers together.
+struct Tile {
+  int rows, blocks;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -23,6 +28,10 @@ struct Kernels {
   // silu(rows times w1) * (rows times w3), the same bits as in three steps; w1 and w3 have one shape and format.
   void (*swiglu)(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
                  const Output& out);
+
+  // Limits, for benchmarks: reads memory; multiplies in registers and returns how many operations that were.
+  void (*read)(const uint8_t* p, int64_t size);
+  double (*multiply)(Format format, int64_t rounds);
 };
 
 // The tables that this processor can run, the fastest first; the last is `generic`.

@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -20,9 +21,10 @@ namespace maestrale::avx2 {
 #include "math.inl"
 #include "prepare.inl"
 #include "linear.inl"
+#include "limits.inl"
 
 extern const Kernels table;
-const Kernels table = {"avx2", prepare, linear, swiglu};
+const Kernels table = {"avx2", prepare, linear, swiglu, read_all, multiply_all};
 }  // namespace maestrale::avx2
 
 #if defined(__clang__)

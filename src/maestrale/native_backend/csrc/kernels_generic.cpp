@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -10,7 +11,8 @@ namespace maestrale::generic {
 #include "math.inl"
 #include "prepare.inl"
 #include "linear.inl"
+#include "limits.inl"
 
 extern const Kernels table;
-const Kernels table = {"generic", prepare, linear, swiglu};
+const Kernels table = {"generic", prepare, linear, swiglu, read_all, multiply_all};
 }  // namespace maestrale::generic

@@ -2,6 +2,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 
@@ -20,9 +21,10 @@ namespace maestrale::neon {
 #include "math.inl"
 #include "prepare.inl"
 #include "linear.inl"
+#include "limits.inl"
 
 extern const Kernels table;
-const Kernels table = {"neon", prepare, linear, swiglu};
+const Kernels table = {"neon", prepare, linear, swiglu, read_all, multiply_all};
 }  // namespace maestrale::neon
 
 #if defined(__clang__)
