@@ -9,7 +9,7 @@ struct Ahead {
   int64_t data, step;  // bytes from the tile's block to the first, and from one step to the next
   int64_t scales;      // int4: the same for its scales, which every pass asks for
 
-  static constexpr int64_t kNear = 1024;
+  static constexpr int64_t kNear = 2048;
 
   Ahead(const Weight& w, int64_t blocks, int64_t pass, int64_t passes) : data(kNear), step(64), scales(kNear / 2) {
     if (passes == 1) return;
