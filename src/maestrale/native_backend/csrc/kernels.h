@@ -12,6 +12,11 @@
 
 namespace maestrale {
 
+// Rows and blocks of 16 outputs whose sums stay in registers together.
+struct Tile {
+  int rows, blocks;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -36,6 +41,10 @@ struct Kernels {
 
   WriteKeys write_keys;
   AttendSpan attend;
+
+  // Limits, for benchmarks: reads memory; multiplies in registers and returns how many operations that were.
+  void (*read)(const uint8_t* p, int64_t size);
+  double (*multiply)(Format format, int64_t rounds);
 };
 
 // The tables that this processor can run, the fastest first; the last is `generic`.

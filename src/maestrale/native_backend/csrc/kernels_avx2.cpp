@@ -23,9 +23,11 @@ namespace maestrale::avx2 {
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "limits.inl"
 
 extern const Kernels table;
-const Kernels table = {"avx2", prepare, linear, swiglu, norm, scores, mix, write_keys, attend};
+const Kernels table = {"avx2",      prepare,    linear, swiglu,   norm,        scores, mix,
+                       write_keys, attend, read_all, multiply_all};
 }  // namespace maestrale::avx2
 
 #if defined(__clang__)

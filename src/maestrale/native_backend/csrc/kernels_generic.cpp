@@ -13,7 +13,9 @@ namespace maestrale::generic {
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "limits.inl"
 
 extern const Kernels table;
-const Kernels table = {"generic", prepare, linear, swiglu, norm, scores, mix, write_keys, attend};
+const Kernels table = {"generic",      prepare,    linear, swiglu,   norm,        scores, mix,
+                       write_keys, attend, read_all, multiply_all};
 }  // namespace maestrale::generic

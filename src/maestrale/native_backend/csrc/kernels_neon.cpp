@@ -23,9 +23,11 @@ namespace maestrale::neon {
 #include "linear.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "limits.inl"
 
 extern const Kernels table;
-const Kernels table = {"neon", prepare, linear, swiglu, norm, scores, mix, write_keys, attend};
+const Kernels table = {"neon",      prepare,    linear, swiglu,   norm,        scores, mix,
+                       write_keys, attend, read_all, multiply_all};
 }  // namespace maestrale::neon
 
 #if defined(__clang__)
