@@ -128,9 +128,7 @@ class Stand:
         # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.
         self.slack = 2 * max(sizes) + 1
         longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
-        options = Options(
-            dtype, weights, device, backend, max_len=longest, max_sequences=max(sizes), threads=threads
-        )
+        options = Options(dtype, weights, device, backend, max_len=longest, max_sequences=max(sizes), threads=threads)
         self.launched: Launched = launch(path, options, progress=progress)
         self.config, self.engine = self.launched.config, self.launched.engine
         self.runner = self.engine.runner = TimedRunner(self.engine.runner)
@@ -228,9 +226,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     }
 
 
-def shares(
-    launched: Launched, facts: dict[str, Any], limits: dict[str, float]
-) -> dict[str, dict[str, Any]]:
+def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
     from maestrale.checkpoint.dtypes import byte_count
 
@@ -240,7 +236,9 @@ def shares(
     prefill = {"operations": work, "share_of_limit": rate / limits["matmul_operations_per_second"]}
     decode = {}
     for size, found in facts["decode"].items():
-        read = step_bytes(config, int(size), CONTEXT + facts["decode_tokens"] // 2, element_bytes, launched.tensor_bytes)
+        read = step_bytes(
+            config, int(size), CONTEXT + facts["decode_tokens"] // 2, element_bytes, launched.tensor_bytes
+        )
         rate = found["tokens_per_second"] / int(size) * read
         decode[size] = {**found, "bytes_per_step": read, "share_of_limit": rate / limits["read_bytes_per_second"]}
     return {"prefill": facts["prefill"] | prefill, "decode": decode}

@@ -34,7 +34,9 @@ Backend = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(help="Threads of the native backend; all cores where not said.", show_default=False, rich_help_panel=MODEL),
+    typer.Option(
+        help="Threads of the native backend; all cores where not said.", show_default=False, rich_help_panel=MODEL
+    ),
 ]
 MaxLen = Annotated[
     int | None,

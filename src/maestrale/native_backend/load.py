@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.batch import CacheLayout
-from maestrale.checkpoint.dtypes import StoredTensor, cast
+from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, cast
 from maestrale.checkpoint.packed import PackedWeight, dequantize, pack_float
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.config import ModelConfig
@@ -17,7 +17,6 @@ from maestrale.errors import ConfigError
 from maestrale.native_backend import kernels
 
 FORMATS = ("f32", "bf16", "int8", "int4")
-GROUP = 32  # inputs that share a scale where int4 weights are made while loading
 MAX_HEAD_DIM = 1024  # kMaxHead in csrc/attention.h
 
 
@@ -41,8 +40,8 @@ def load_model(
     config = checkpoint.config
     model = make_model(config, layout, half=half, threads=threads, exact=exact, isa=isa)
     load = _Loader(checkpoint, weights, threads, progress)
-    stored = load.mapped("tok_embeddings.weight")
-    model.set_embeddings(stored.dtype, stored.data)
+    rows = load.embeddings(half)
+    model.set_embeddings(rows.dtype, rows.data)
     seen = [0] * len(layout.windows)
     for i, window in enumerate(config.sliding_window):
         kind = layout.windows.index(window)
@@ -94,9 +93,7 @@ def rope_speeds(config: ModelConfig) -> NDArray[np.float32]:
 class _Loader:
     """Takes tensors one by one and counts them."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]
-    ):
+    def __init__(self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]):
         self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
         self.done, self.total = 0, len(checkpoint.names())
 
@@ -108,7 +105,10 @@ class _Loader:
         wide = self.alike([f"{part}{name}.weight" for part in parts for name in ("w1", "w3")])
         return {
             "attention_norm": self.vector(prefix + "attention_norm.weight"),
-            **{name: kernels.weight(self.linear(f"{prefix}attention.{name}.weight")) for name in ("wq", "wk", "wv", "wo")},
+            **{
+                name: kernels.weight(self.linear(f"{prefix}attention.{name}.weight"))
+                for name in ("wq", "wk", "wv", "wo")
+            },
             "ffn_norm": self.vector(prefix + "ffn_norm.weight"),
             "gate": None if moe is None else self.vector(ffn + "gate.weight"),
             "w1": wide[::2],
@@ -116,10 +116,12 @@ class _Loader:
             "w3": wide[1::2],
         }
 
-    def mapped(self, name: str) -> StoredTensor:
-        """A tensor where it lies in the file."""
+    def embeddings(self, half: bool) -> StoredTensor:
+        """The table of rows where it lies in the file; made anew only where it is stored quantized."""
         self._count()
-        return self.checkpoint.tensor(name)
+        name = "tok_embeddings.weight"
+        tensor = self.checkpoint.tensor(name)
+        return cast(tensor, "BF16") if half and self.checkpoint.storage(name)[0] not in WEIGHT_DTYPES else tensor
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A small tensor as fp32, copied."""
@@ -136,20 +138,21 @@ class _Loader:
         return [kernels.weight(weight) for weight in packed]
 
     def linear(self, name: str) -> PackedWeight:
-        if (packed := getattr(self.checkpoint,'packed',lambda n:None)(name)) is None:
-            tensor = self.checkpoint.tensor(name)
-            packed = self._pack(tensor)
+        if (packed := self.checkpoint.packed(name)) is None:
+            packed = self._pack(name)
             self.checkpoint.release(name)
         self._count()
         return packed
 
-    def _pack(self, tensor: StoredTensor) -> PackedWeight:
+    def _pack(self, name: str) -> PackedWeight:
+        tensor = self.checkpoint.tensor(name)
         if self.weights in ("f32", "bf16"):
             return pack_float(tensor, self.weights)
-        from maestrale.checkpoint.rounding import fitting_group, round_to_nearest  # not on the way of a packed folder
+        from maestrale.checkpoint.quantize import Recipe  # not on the way of a packed folder
+        from maestrale.checkpoint.rounding import round_to_nearest
 
-        group = fitting_group(tensor.shape[1], GROUP) if self.weights == "int4" else None
-        return round_to_nearest(tensor, "int4" if group else "int8", group or GROUP, self.threads)
+        format, group = Recipe(self.weights).of(name, tensor.shape[1])
+        return round_to_nearest(name, tensor, format, group, self.threads)
 
     def _count(self) -> None:
         self.done += 1

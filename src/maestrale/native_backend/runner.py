@@ -49,9 +49,7 @@ def _memory_errors() -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise MemoryLimitError(
-            f"out of memory: {error}; lower max_len, max_batch_tokens or max_sequences"
-        ) from None
+        raise MemoryLimitError(f"out of memory: {error}; lower max_len, max_batch_tokens or max_sequences") from None
 
 
 def open_runner(
