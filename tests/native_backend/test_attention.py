@@ -1,4 +1,4 @@
-"""Attention over pages against its formula in double precision: windows, wraps, chunks, odd head sizes, any grouping."""
+"""Attention over pages against its formula in double precision: windows, wraps, chunks, any grouping of heads."""
 
 import math
 

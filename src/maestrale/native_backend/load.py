@@ -29,32 +29,44 @@ def load_model(
     threads: int,
     exact: bool = False,
     isa: str | None = None,
+    layers: range | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """The extension's Model with its cache. `progress` is called with (tensors done, tensors in all).
 
     weights: the format that linear layers get which the folder does not hold packed; those keep theirs. half: the
     cache is bf16, else fp32. exact: activations meet quantized weights in bf16. At no time more than one tensor exists
-    twice; the embeddings and what is packed already stay mapped from the file.
+    twice; the embeddings and what is packed already stay mapped from the file. layers: those of a pipeline's stage, all
+    where None; only the first stage has the embeddings, only the last the head.
     """
-    config = checkpoint.config
-    model = make_model(config, layout, half=half, threads=threads, exact=exact, isa=isa)
+    config, every = checkpoint.config, range(checkpoint.config.n_layers)
+    layers = layers or every
+    model = make_model(config, layout, half=half, threads=threads, exact=exact, isa=isa, layers=layers)
     load = _Loader(checkpoint, weights, threads, progress)
-    rows = load.embeddings(half)
-    model.set_embeddings(rows.dtype, rows.data)
+    if layers[0] == every[0]:
+        rows = load.embeddings(half)
+        model.set_embeddings(rows.dtype, rows.data)
     seen = [0] * len(layout.windows)
-    for i, window in enumerate(config.sliding_window):
-        kind = layout.windows.index(window)
+    for i in layers:
+        kind = layout.windows.index(config.sliding_window[i])
         model.add_layer(kind, seen[kind], **load.layer(i))
         seen[kind] += 1
-    head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
-    model.set_head(load.vector("norm.weight"), kernels.weight(load.linear(head)))
+    if layers[-1] == every[-1]:
+        head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
+        model.set_head(load.vector("norm.weight"), kernels.weight(load.linear(head)))
     checkpoint.verify_unchanged()
     return model
 
 
 def make_model(
-    config: ModelConfig, layout: CacheLayout, *, half: bool, threads: int, exact: bool = False, isa: str | None = None
+    config: ModelConfig,
+    layout: CacheLayout,
+    *,
+    half: bool,
+    threads: int,
+    exact: bool = False,
+    isa: str | None = None,
+    layers: range | None = None,
 ) -> Any:
     """A Model without weights, with an empty cache of this layout; MemoryError where that does not fit."""
     if config.head_dim > MAX_HEAD_DIM:
@@ -78,9 +90,9 @@ def make_model(
         threads=threads,
     )
     for window, ring, pages in zip(layout.windows, layout.rings, layout.pages, strict=True):
-        layers = config.sliding_window.count(window)
+        count = [config.sliding_window[i] for i in layers or range(config.n_layers)].count(window)
         # Left unwritten, so that a large pool takes memory only where it is used.
-        model.add_kind(np.empty(pages * model.page_bytes(layers), np.uint8), pages, ring, window, layers)
+        model.add_kind(np.empty(pages * model.page_bytes(count), np.uint8), pages, ring, window, count)
     return model
 
 
