@@ -23,15 +23,13 @@ inline Floats exp2_negative(Floats x) {
 }
 
 // Two values in bf16 side by side, or one float: what a lane multiplies at once.
-template <bool half> inline Floats dot_unit(Floats sum, const uint32_t* lanes, uint32_t unit) {
-  if constexpr (half) {
+template <bool half> inline Floats dot_unit(Floats sum, const uint32_t* lanes, Four unit) {
+  if constexpr (half)
     return dot_pairs(sum, load_pairs(reinterpret_cast<const uint8_t*>(lanes)), unit);
-  } else {
-    float x;
-    std::memcpy(&x, &unit, 4);
-    return fma(load(reinterpret_cast<const float*>(lanes)), floats(x), sum);
-  }
+  else
+    return dot_floats(sum, load(reinterpret_cast<const float*>(lanes)), unit);
 }
+inline Four spread_unit(const uint32_t* unit) { return spread(reinterpret_cast<const uint8_t*>(unit)); }
 
 // Turns the pairs (2j, 2j + 1) of a head by its position's angle (N4), then to units: bf16 pairs, or floats.
 // turns: [2][padded], the cosine of each entry's pair, and its sine, negative for the first of the pair.
@@ -101,9 +99,11 @@ inline void score_tiles(const uint32_t* q, int64_t units, const uint32_t* const*
     for (int n = 0; n < N; ++n) sums[r][n] = floats(0);
   for (int64_t u = 0; u < units; ++u)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
+    for (int r = 0; r < R; ++r) {
+      const Four unit = spread_unit(q + r * units + u);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r][n] = dot_unit<half>(sums[r][n], keys[n] + u * kTile, q[r * units + u]);
+      for (int n = 0; n < N; ++n) sums[r][n] = dot_unit<half>(sums[r][n], keys[n] + u * kTile, unit);
+    }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(scores + r * kTile * kTilesAtOnce + n * kTile, sums[r][n]);
 }
@@ -118,11 +118,12 @@ inline void add_values(const uint32_t* weights, const uint32_t* const* values, i
   for (int t = 0; t < tiles; ++t)
     for (int64_t u = 0; u < key_units; ++u)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
+      for (int r = 0; r < R; ++r) {
+        const Four unit = spread_unit(weights + (r * kTilesAtOnce + t) * key_units + u);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-          sums[r][n] = dot_unit<half>(sums[r][n], values[t] + u * padded + n * kTile,
-                                      weights[r * kTilesAtOnce * key_units + t * key_units + u]);
+        for (int n = 0; n < N; ++n)
+          sums[r][n] = dot_unit<half>(sums[r][n], values[t] + u * padded + n * kTile, unit);
+      }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(y + r * padded + n * kTile, sums[r][n]);
 }

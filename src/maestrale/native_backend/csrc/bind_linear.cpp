@@ -1,6 +1,7 @@
 // Weights, linear layers and packing as Python sees them.
 #include <nanobind/stl/pair.h>
 
+#include <numeric>
 #include <stdexcept>
 
 #include "module.h"
@@ -165,6 +166,23 @@ void bind_linear(nb::module_& m) {
       },
       nb::arg("pool"), nb::arg("isa"), nb::arg("w1"), nb::arg("w3"), nb::arg("x"), nb::arg("y"),
       nb::arg("exact") = false, nb::arg("add") = false);
+
+  m.def("read_limit", [](Pool& pool, const std::string& isa, AnyArray memory) {
+    const Kernels& kernels = kernels_named(isa);
+    const auto* p = static_cast<const uint8_t*>(memory.data());
+    const int64_t part = int64_t(memory.nbytes()) / pool.size();
+    nb::gil_scoped_release released;
+    pool.run([&](int thread) { kernels.read(p + thread * part, part); });
+  });
+
+  m.def("multiply_limit", [](Pool& pool, const std::string& isa, const std::string& format, int64_t rounds) {
+    const Kernels& kernels = kernels_named(isa);
+    const Format of = format_named(format);
+    std::vector<double> done(size_t(pool.size()));
+    nb::gil_scoped_release released;
+    pool.run([&](int thread) { done[size_t(thread)] = kernels.multiply(of, rounds); });
+    return std::accumulate(done.begin(), done.end(), 0.0);
+  });
 }
 
 }  // namespace maestrale

@@ -12,6 +12,11 @@
 
 namespace maestrale {
 
+// Rows and blocks of 16 outputs whose sums stay in registers together.
+struct Tile {
+  int rows, blocks;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -24,6 +29,10 @@ struct Kernels {
   // silu(rows times w1) * (rows times w3), the same bits as in three steps; w1 and w3 have one shape and format.
   void (*swiglu)(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
                  const Output& out);
+
+  // Limits, for benchmarks: reads memory; multiplies in registers and returns how many operations that were.
+  void (*read)(const uint8_t* p, int64_t size);
+  double (*multiply)(Format format, int64_t rounds);
 
   // y = x / sqrt(mean(x²) + eps) * weight, n entries (N3).
   void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* y);

@@ -34,7 +34,7 @@ struct Weight {
 
 // Rows of activations in the form that a weight's format multiplies with: `prepare` makes them from fp32.
 //   f32: x as it is. bf16: rounded to nearest even. int8, int4: q = round(x * 127 / max|x|) for each row, with the
-//   scale max|x| / 127 and the sums of q over each `group` inputs (int8: the whole row is one group).
+//   scale max|x| / 127; for int4 also -8 times the sum of q over each `group` inputs.
 // An int8 or int4 weight takes bf16 rows too: that is the exact product, in which nothing but the weight is quantized.
 struct Rows {
   Format format;           // of the rows, not of the weight
@@ -43,7 +43,7 @@ struct Rows {
   int64_t stride;          // bytes from one row of `data` to the next: row_bytes(format, k)
   void* data;              // [count][stride], begins at a multiple of 64
   float* scales;           // [count], int8 and int4
-  int32_t* sums;           // [count][k/group], int4
+  int32_t* sums;           // [count][k/group], int4: what a code's middle, 8, brings in too much
 };
 
 // The bytes that a row of k activations takes: a multiple of 64, zeros behind the last.

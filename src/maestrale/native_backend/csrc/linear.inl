@@ -2,31 +2,35 @@
 //
 // A tile's size never shows in its bits: every lane of every sum adds the inputs in ascending order.
 
-// Where a tile stands: its rows' and blocks' first bytes, and from one to the next.
-struct Place {
-  const uint8_t* x;
-  int64_t x_stride;
-  const uint8_t* w;
-  int64_t w_stride;
-};
+constexpr int64_t kAhead = 1024;  // bytes from what is read to what is asked of memory
+
+// body(0), body(1), … with constants for numbers: what an array holds stays in registers, which a loop would not promise.
+template <int N, class Body>
+[[gnu::always_inline]] inline void times(const Body& body) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
+// body(r, v) for every row and block of a tile.
+template <int R, int V, class Body>
+[[gnu::always_inline]] inline void each(const Body& body) {
+  times<V>([&](auto v) __attribute__((always_inline)) {
+    times<R>([&](auto r) __attribute__((always_inline)) { body(r, v); });
+  });
+}
+#define EACH [&](auto r, auto v) __attribute__((always_inline))
 
 template <int R, int V>
 inline void put(const Floats (&sums)[R][V], const Weight& w, int64_t row, int64_t block, const Output& out) {
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) {
-      const int64_t o = (block + v) * kBlock;
-      float* y = out.y + (row + r) * out.stride + o;
-      if (o + kBlock <= w.n)
-        store(y, out.add ? load(y) + sums[r][v] : sums[r][v]);
-      else
-        store_first(y, out.add ? load_first(y, w.n - o) + sums[r][v] : sums[r][v], w.n - o);
-    }
-}
-
-inline uint32_t four_bytes(const uint8_t* p) {
-  uint32_t word;
-  std::memcpy(&word, p, 4);
-  return word;
+  each<R, V>(EACH {
+    const int64_t o = (block + v) * kBlock;
+    float* y = out.y + (row + r) * out.stride + o;
+    if (o + kBlock <= w.n)
+      store(y, out.add ? load(y) + sums[r][v] : sums[r][v]);
+    else
+      store_first(y, out.add ? load_first(y, w.n - o) + sums[r][v] : sums[r][v], w.n - o);
+  });
 }
 
 // A product of rows and weights of one format, 64 bytes of a block and 4 bytes of a row at a time.
@@ -35,11 +39,7 @@ struct FloatProduct {
   static constexpr int64_t kInputs = 1;
   static Floats start(const Weight&, int64_t) { return floats(0); }
   static Floats load_weights(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
-  static Floats add(Floats s, Floats w, const uint8_t* x) {
-    float value;
-    std::memcpy(&value, x, 4);
-    return fma(w, floats(value), s);
-  }
+  static Floats add(Floats s, Floats w, Four x) { return dot_floats(s, w, x); }
   static Floats finish(Floats s, const Weight&, const Rows&, int64_t, int64_t) { return s; }
 };
 
@@ -48,7 +48,7 @@ struct PairProduct {
   static constexpr int64_t kInputs = 2;
   static Floats start(const Weight&, int64_t) { return floats(0); }
   static Pairs load_weights(const uint8_t* p) { return load_pairs(p); }
-  static Floats add(Floats s, Pairs w, const uint8_t* x) { return dot_pairs(s, w, four_bytes(x)); }
+  static Floats add(Floats s, Pairs w, Four x) { return dot_pairs(s, w, x); }
   static Floats finish(Floats s, const Weight&, const Rows&, int64_t, int64_t) { return s; }
 };
 
@@ -59,7 +59,7 @@ struct ByteProduct {
     return kUnsignedRows ? ints(0) - left<7>(load(w.sums + block * kBlock)) : ints(0);
   }
   static Bytes load_weights(const uint8_t* p) { return load_bytes(p); }
-  static Ints add(Ints s, Bytes w, const uint8_t* x) { return dot_bytes(s, w, four_bytes(x)); }
+  static Ints add(Ints s, Bytes w, Four x) { return dot_bytes(s, w, x); }
   static Floats finish(Ints s, const Weight& w, const Rows& rows, int64_t row, int64_t block) {
     return to_floats(s) * load(w.row_scales + block * kBlock) * floats(rows.scales[row]);
   }
@@ -73,56 +73,62 @@ struct Plain {
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * steps * 64;
     const uint8_t* x = static_cast<const uint8_t*>(rows.data) + row * rows.stride;
     typename Product::Sum sums[R][V];
-    for (int v = 0; v < V; ++v)
-      for (int r = 0; r < R; ++r) sums[r][v] = Product::start(w, block + v);
-    for (int64_t step = 0; step < steps; ++step)
-      for (int v = 0; v < V; ++v) {
-        const auto weights = Product::load_weights(data + (v * steps + step) * 64);
-        for (int r = 0; r < R; ++r) sums[r][v] = Product::add(sums[r][v], weights, x + r * rows.stride + step * 4);
-      }
+    each<R, V>(EACH { sums[r][v] = Product::start(w, block + v); });
+    for (int64_t step = 0; step < steps; ++step) {
+      Four four[R];
+      times<R>([&](auto r) __attribute__((always_inline)) { four[r] = spread(x + r * rows.stride + step * 4); });
+      times<V>([&](auto v) __attribute__((always_inline)) {
+        const uint8_t* at = data + (v * steps + step) * 64;
+        __builtin_prefetch(at + kAhead);
+        const auto weights = Product::load_weights(at);
+        times<R>([&](auto r) __attribute__((always_inline)) { sums[r][v] = Product::add(sums[r][v], weights, four[r]); });
+      });
+    }
     Floats results[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) results[r][v] = Product::finish(sums[r][v], w, rows, row + r, block + v);
+    each<R, V>(EACH { results[r][v] = Product::finish(sums[r][v], w, rows, row + r, block + v); });
     put<R, V>(results, w, row, block, out);
   }
 };
 
 // int4: exact integer sums within a group, fp32 sums over the groups in ascending order.
+template <bool affine>
 struct Grouped {
   template <int R, int V>
   static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out) {
     const int64_t groups = w.k / w.group, steps = w.group / 8;
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * groups * steps * 64;
     const uint8_t* x = static_cast<const uint8_t*>(rows.data) + row * rows.stride;
+    const int32_t* row_sums = rows.sums + row * groups;
     Floats totals[R][V];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) totals[r][v] = floats(0);
+    each<R, V>(EACH { totals[r][v] = floats(0); });
     for (int64_t g = 0; g < groups; ++g) {
       Ints sums[R][V];
-      for (int r = 0; r < R; ++r) {
-        const int32_t row_sum = rows.sums[(row + r) * groups + g];
-        for (int v = 0; v < V; ++v) sums[r][v] = ints(w.offsets ? 0 : -8 * row_sum);
-      }
+      each<R, V>(EACH { sums[r][v] = ints(affine ? 0 : row_sums[r * groups + g]); });
       for (int64_t step = g * steps; step < (g + 1) * steps; ++step)
-        for (int v = 0; v < V; ++v) {
-          const Bytes both = load_bytes(data + (v * groups * steps + step) * 64);
-          const Bytes low = low_nibbles(both), high = high_nibbles(both);
-          for (int r = 0; r < R; ++r) {
-            const uint8_t* at = x + r * rows.stride + step * 8;
-            sums[r][v] = dot_nibbles(dot_nibbles(sums[r][v], low, four_bytes(at)), high, four_bytes(at + 4));
-          }
-        }
-      for (int v = 0; v < V; ++v) {
+        times<2>([&](auto half) __attribute__((always_inline)) {
+          Four four[R];
+          times<R>([&](auto r) __attribute__((always_inline)) {
+            four[r] = spread(x + r * rows.stride + step * 8 + half * 4);
+          });
+          times<V>([&](auto v) __attribute__((always_inline)) {
+            const uint8_t* at = data + (v * groups * steps + step) * 64;
+            if constexpr (!half) __builtin_prefetch(at + kAhead);
+            const Bytes both = load_bytes(at);
+            const Bytes codes = half ? high_nibbles(both) : low_nibbles(both);
+            times<R>([&](auto r) __attribute__((always_inline)) { sums[r][v] = dot_nibbles(sums[r][v], codes, four[r]); });
+          });
+        });
+      times<V>([&](auto v) __attribute__((always_inline)) {
         const int64_t at = ((block + v) * groups + g) * kBlock;
         const Floats scale = load_half(w.scales + at);
-        for (int r = 0; r < R; ++r) totals[r][v] = fma(to_floats(sums[r][v]), scale, totals[r][v]);
-        if (w.offsets)
-          for (int r = 0; r < R; ++r)
-            totals[r][v] = fma(load(w.offsets + at), floats(float(rows.sums[(row + r) * groups + g])), totals[r][v]);
-      }
+        times<R>([&](auto r) __attribute__((always_inline)) {
+          totals[r][v] = fma(to_floats(sums[r][v]), scale, totals[r][v]);
+          if constexpr (affine)
+            totals[r][v] = fma(load(w.offsets + at), floats(-0.125f * float(row_sums[r * groups + g])), totals[r][v]);
+        });
+      });
     }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) totals[r][v] = totals[r][v] * floats(rows.scales[row + r]);
+    each<R, V>(EACH { totals[r][v] = totals[r][v] * floats(rows.scales[row + r]); });
     put<R, V>(totals, w, row, block, out);
   }
 };
@@ -184,36 +190,43 @@ struct Exact {
   }
 };
 
-template <class Kind, int V>
-inline void every_row(const Weight& w, const Rows& rows, int64_t block, const Output& out) {
-  int64_t row = 0;
-  for (; rows.count - row >= kTileRows; row += kTileRows) Kind::template tile<kTileRows, V>(w, rows, row, block, out);
-  if constexpr (kTileRows > 4)
-    for (; rows.count - row >= 4; row += 4) Kind::template tile<4, V>(w, rows, row, block, out);
-  for (; rows.count - row >= 2; row += 2) Kind::template tile<2, V>(w, rows, row, block, out);
-  for (; row < rows.count; ++row) Kind::template tile<1, V>(w, rows, row, block, out);
+// All rows times V blocks: tiles of R rows, then of the next smaller power of two for the rest.
+template <class Kind, int R, int V>
+inline void every_row(const Weight& w, const Rows& rows, int64_t first, int64_t block, const Output& out) {
+  int64_t row = first;
+  for (; rows.count - row >= R; row += R) Kind::template tile<R, V>(w, rows, row, block, out);
+  if constexpr (R > 1)
+    if (row < rows.count) every_row<Kind, R == 6 ? 4 : R / 2, V>(w, rows, row, block, out);
 }
 
-template <class Kind>
+template <class Kind, Tile tile>
 inline void every_block(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
   int64_t block = first;
-  for (; last - block >= kTileBlocks; block += kTileBlocks) every_row<Kind, kTileBlocks>(w, rows, block, out);
-  if constexpr (kTileBlocks > 1)
-    for (; block < last; ++block) every_row<Kind, 1>(w, rows, block, out);
+  for (; last - block >= tile.blocks; block += tile.blocks)
+    every_row<Kind, tile.rows, tile.blocks>(w, rows, 0, block, out);
+  if constexpr (tile.blocks > 1)
+    if (block < last) every_block<Kind, Tile{tile.rows, tile.blocks / 2}>(w, rows, block, last, out);
+}
+
+template <class Kind, Tile tile>
+inline void multiply(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
+  if (rows.count <= kFewTile.rows) return every_block<Kind, kFewTile>(w, rows, first, last, out);
+  every_block<Kind, tile>(w, rows, first, last, out);
 }
 
 inline void linear(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
-  if (w.format == Format::f32) return every_block<Plain<FloatProduct>>(w, rows, first, last, out);
-  if (w.format == Format::bf16) return every_block<Plain<PairProduct>>(w, rows, first, last, out);
-  if (rows.format == Format::bf16) return every_block<Exact>(w, rows, first, last, out);
-  if (w.format == Format::int8) return every_block<Plain<ByteProduct>>(w, rows, first, last, out);
-  every_block<Grouped>(w, rows, first, last, out);
+  if (w.format == Format::f32) return multiply<Plain<FloatProduct>, kPlainTile>(w, rows, first, last, out);
+  if (w.format == Format::bf16) return multiply<Plain<PairProduct>, kPlainTile>(w, rows, first, last, out);
+  if (rows.format == Format::bf16) return every_block<Exact, Tile{4, 1}>(w, rows, first, last, out);
+  if (w.format == Format::int8) return multiply<Plain<ByteProduct>, kPlainTile>(w, rows, first, last, out);
+  if (w.offsets) return multiply<Grouped<true>, kGroupedTile>(w, rows, first, last, out);
+  multiply<Grouped<false>, kGroupedTile>(w, rows, first, last, out);
 }
 
 // A few blocks and rows at a time, so that what the two products leave is still near when it is joined.
 inline void swiglu(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
                    const Output& out) {
-  constexpr int64_t kBlocks = 4, kRows = 48, kWide = kBlocks * kBlock;
+  constexpr int64_t kBlocks = 12, kRows = 24, kWide = kBlocks * kBlock;
   float gate[kRows * kWide], up[kRows * kWide];
   for (int64_t block = first; block < last; block += kBlocks) {
     const int64_t end = block + kBlocks < last ? block + kBlocks : last, o = block * kBlock;

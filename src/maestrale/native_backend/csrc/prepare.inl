@@ -35,8 +35,9 @@ inline float prepare_bytes(const float* x, int64_t k, uint8_t* row, int64_t padd
 
 inline void sum_groups(const uint8_t* row, int64_t k, int64_t group, int32_t* sums) {
   for (int64_t g = 0; g < k / group; ++g) {
-    sums[g] = 0;
-    for (int64_t i = 0; i < group; ++i) sums[g] += int8_t(row[g * group + i]);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < group; ++i) sum += int8_t(row[g * group + i]);
+    sums[g] = -8 * sum;
   }
 }
 

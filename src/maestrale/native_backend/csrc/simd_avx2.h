@@ -1,13 +1,15 @@
 // What AVX2 with FMA and F16C can do, in 16 lanes of two registers. Included by kernels_avx2.cpp alone.
 
 constexpr bool kUnsignedRows = false;
-constexpr int kTileRows = 4;
-constexpr int kTileBlocks = 1;
+constexpr Tile kPlainTile = {4, 1};
+constexpr Tile kGroupedTile = {2, 1};
+constexpr Tile kFewTile = {1, 2};
 
 struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };
 struct Bytes { __m256i a, b; };
 struct Pairs { __m256i a, b; };
+using Four = __m256i;
 
 inline __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline __m256i first_lanes(int64_t n, int lane) {  // all ones in the lanes below n, counted from `lane`
@@ -80,18 +82,18 @@ inline Pairs load_pairs(const uint8_t* p) { return {words(p), words(p + 32)}; }
 inline __m256i dot_four(__m256i s, __m256i positive, __m256i signed_) {
   return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(positive, signed_), _mm256_set1_epi16(1)));
 }
-inline Ints dot_bytes(Ints s, Bytes w, uint32_t x) {
-  const __m256i row = _mm256_set1_epi32(int(x));
+inline Four spread(const uint8_t* p) { return _mm256_set1_epi32(*reinterpret_cast<const int*>(p)); }
+inline Ints dot_bytes(Ints s, Bytes w, Four row) {
   return {dot_four(s.a, _mm256_abs_epi8(w.a), _mm256_sign_epi8(row, w.a)),
           dot_four(s.b, _mm256_abs_epi8(w.b), _mm256_sign_epi8(row, w.b))};
 }
-inline Ints dot_nibbles(Ints s, Bytes w, uint32_t x) {
-  const __m256i row = _mm256_set1_epi32(int(x));
+inline Ints dot_nibbles(Ints s, Bytes w, Four row) {
   return {dot_four(s.a, w.a, row), dot_four(s.b, w.b, row)};
 }
-inline Floats dot_pairs(Floats s, Pairs w, uint32_t x) {
+inline Floats dot_pairs(Floats s, Pairs w, Four x) {
   const Ints both{w.a, w.b}, even = left<16>(both), odd = both & ints(int32_t(0xffff0000));
-  const Ints row = ints(int(x));
+  const Ints row{x, x};
   s = fma(bits_to_floats(even), bits_to_floats(left<16>(row)), s);
   return fma(bits_to_floats(odd), bits_to_floats(row & ints(int32_t(0xffff0000))), s);
 }
+inline Floats dot_floats(Floats s, Floats w, Four x) { return fma(w, bits_to_floats({x, x}), s); }

@@ -1,13 +1,15 @@
 // 16 lanes in plain C++, for processors without a set of their own. Included by kernels_generic.cpp alone.
 
 constexpr bool kUnsignedRows = false;
-constexpr int kTileRows = 4;
-constexpr int kTileBlocks = 1;
+constexpr Tile kPlainTile = {4, 1};
+constexpr Tile kGroupedTile = {2, 1};
+constexpr Tile kFewTile = {1, 1};
 
 struct Floats { float v[16]; };
 struct Ints { int32_t v[16]; };
 struct Bytes { uint8_t v[64]; };
 struct Pairs { uint32_t v[16]; };
+using Four = uint32_t;
 
 template <class To, class From> inline To bits(From from) {
   To to;
@@ -70,14 +72,16 @@ inline Bytes low_nibbles(Bytes a) { for (auto& byte : a.v) byte &= 15; return a;
 inline Bytes high_nibbles(Bytes a) { for (auto& byte : a.v) byte >>= 4; return a; }
 inline Pairs load_pairs(const uint8_t* p) { Pairs w; std::memcpy(w.v, p, 64); return w; }
 
-inline Ints dot_bytes(Ints s, Bytes w, uint32_t x) {
+inline Four spread(const uint8_t* p) { Four four; std::memcpy(&four, p, 4); return four; }
+inline Ints dot_bytes(Ints s, Bytes w, Four x) {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 4; ++j) s.v[i] += int8_t(w.v[4 * i + j]) * int8_t(x >> 8 * j);
   return s;
 }
-inline Ints dot_nibbles(Ints s, Bytes w, uint32_t x) { return dot_bytes(s, w, x); }
-inline Floats dot_pairs(Floats s, Pairs w, uint32_t x) {
+inline Ints dot_nibbles(Ints s, Bytes w, Four x) { return dot_bytes(s, w, x); }
+inline Floats dot_pairs(Floats s, Pairs w, Four x) {
   for (int i = 0; i < 16; ++i) s.v[i] += bits<float>(w.v[i] << 16) * bits<float>(x << 16);
   for (int i = 0; i < 16; ++i) s.v[i] += bits<float>(w.v[i] & 0xffff0000) * bits<float>(x & 0xffff0000);
   return s;
 }
+inline Floats dot_floats(Floats s, Floats w, Four x) { return fma(w, floats(bits<float>(x)), s); }

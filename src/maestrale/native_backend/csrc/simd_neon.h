@@ -1,13 +1,15 @@
 // What NEON with dot products can do, in 16 lanes of four registers. Included by kernels_neon.cpp alone.
 
 constexpr bool kUnsignedRows = false;
-constexpr int kTileRows = 4;
-constexpr int kTileBlocks = 1;
+constexpr Tile kPlainTile = {4, 1};
+constexpr Tile kGroupedTile = {2, 1};
+constexpr Tile kFewTile = {1, 2};
 
 struct Floats { float32x4_t v[4]; };
 struct Ints { int32x4_t v[4]; };
 struct Bytes { int8x16_t v[4]; };
 struct Pairs { uint32x4_t v[4]; };
+using Four = uint32x4_t;
 
 template <class Result, class Function> inline Result quarters(Function function) {
   return {{function(0), function(1), function(2), function(3)}};
@@ -80,15 +82,19 @@ inline Pairs load_pairs(const uint8_t* p) {
   return quarters<Pairs>([=](int i) { return vreinterpretq_u32_u8(vld1q_u8(p + 16 * i)); });
 }
 
-inline Ints dot_bytes(Ints s, Bytes w, uint32_t x) {
-  const int8x16_t row = vreinterpretq_s8_u32(vdupq_n_u32(x));
+inline Four spread(const uint8_t* p) { return vld1q_dup_u32(reinterpret_cast<const uint32_t*>(p)); }
+inline Ints dot_bytes(Ints s, Bytes w, Four x) {
+  const int8x16_t row = vreinterpretq_s8_u32(x);
   return quarters<Ints>([&](int i) { return vdotq_s32(s.v[i], w.v[i], row); });
 }
-inline Ints dot_nibbles(Ints s, Bytes w, uint32_t x) { return dot_bytes(s, w, x); }
-inline Floats dot_pairs(Floats s, Pairs w, uint32_t x) {
-  const float32x4_t even = vreinterpretq_f32_u32(vdupq_n_u32(x << 16));
-  const float32x4_t odd = vreinterpretq_f32_u32(vdupq_n_u32(x & 0xffff0000));
+inline Ints dot_nibbles(Ints s, Bytes w, Four x) { return dot_bytes(s, w, x); }
+inline Floats dot_pairs(Floats s, Pairs w, Four x) {
   const auto high = vdupq_n_u32(0xffff0000);
+  const float32x4_t even = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
+  const float32x4_t odd = vreinterpretq_f32_u32(vandq_u32(x, high));
   s = quarters<Floats>([&](int i) { return vfmaq_f32(s.v[i], vreinterpretq_f32_u32(vshlq_n_u32(w.v[i], 16)), even); });
   return quarters<Floats>([&](int i) { return vfmaq_f32(s.v[i], vreinterpretq_f32_u32(vandq_u32(w.v[i], high)), odd); });
+}
+inline Floats dot_floats(Floats s, Floats w, Four x) {
+  return quarters<Floats>([&](int i) { return vfmaq_f32(s.v[i], w.v[i], vreinterpretq_f32_u32(x)); });
 }
