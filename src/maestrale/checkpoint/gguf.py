@@ -83,9 +83,9 @@ def read_config(file: GgufFile) -> ModelConfig:
         "hidden_dim": get("feed_forward_length"),
         "n_heads": n_heads,
         "n_kv_heads": get("attention.head_count_kv", n_heads),
-        "norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
         "vocab_size": get("vocab_size", file.shapes.get("token_embd.weight", (None,))[0]),
-        "rope_theta": get("rope.freq_base", 10000.0),
+        "rope_theta": _decimal(get("rope.freq_base", 10000.0)),
         "sliding_window": get("attention.sliding_window") or None,
         "tied_embeddings": "output.weight" not in file.entries,
         "max_position_embeddings": get("context_length"),
@@ -93,6 +93,11 @@ def read_config(file: GgufFile) -> ModelConfig:
     if get("expert_count", 0):
         params["moe"] = {"num_experts": get("expert_count"), "num_experts_per_tok": get("expert_used_count")}
     return ModelConfig.from_mistral(params, where)
+
+
+def _decimal(value: Any) -> Any:
+    """A float that was stored in 32 bits as people wrote it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def config_values(config: ModelConfig) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from maestrale.errors import CheckpointError
 MAGIC = b"GGUF"
 # The numbers by which files name the types of tensors.
 TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 8: "Q8_0", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+STRING, ARRAY, BOOL = 8, 9, 7
 _SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
-MAX_VALUES, MAX_TENSORS, MAX_ITEMS = 1 << 16, 1 << 20, 1 << 20  # real files have tens, thousands, and 131,072 tokens
-MAX_STRING = 1 << 24
+_MAX_VALUES, _MAX_TENSORS, _MAX_ITEMS = 1 << 16, 1 << 20, 1 << 20  # real files have tens, thousands, and 131,072 tokens
+_MAX_STRING = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def open_gguf(path: str | Path) -> GgufFile:
         raise CheckpointError(f"{path}: begins with {magic!r}; a GGUF file begins with {MAGIC!r}")
     if version not in (2, 3):
         raise CheckpointError(f"{path}: GGUF version {version}; expected 2 or 3, little-endian")
-    n_tensors = cursor.count("<u8", "the number of tensors", MAX_TENSORS, 24)
-    n_values = cursor.count("<u8", "the number of header values", MAX_VALUES, 13)
+    n_tensors = cursor.count("<u8", "the number of tensors", _MAX_TENSORS, 24)
+    n_values = cursor.count("<u8", "the number of header values", _MAX_VALUES, 13)
     values: dict[str, Any] = {}
     for _ in range(n_values):
         key = cursor.text("a header key")
@@ -86,18 +86,18 @@ def open_gguf(path: str | Path) -> GgufFile:
 def _value(cursor: _Cursor, what: str) -> Any:
     """A number, bool or string; of an array a numpy array, or a list of strings (as bytes)."""
     kind = cursor.number("<u4", f"the type of {what}")
-    if kind == _STRING:
+    if kind == STRING:
         return cursor.text(what)
     if kind in _SCALARS:
         return cursor.take(_width(kind), what).view(_SCALARS[kind])[0].item()
-    if kind != _ARRAY:
+    if kind != ARRAY:
         raise CheckpointError(f"{cursor.path}: {what} has the unknown type {kind}")
     kind = cursor.number("<u4", f"the type of {what}")
-    if kind == _STRING:
-        return [cursor.string(what) for _ in range(cursor.count("<u8", f"the length of {what}", MAX_ITEMS, 8))]
+    if kind == STRING:
+        return [cursor.string(what) for _ in range(cursor.count("<u8", f"the length of {what}", _MAX_ITEMS, 8))]
     if kind not in _SCALARS:
         raise CheckpointError(f"{cursor.path}: {what} is an array of the type {kind}; expected numbers or strings")
-    count = cursor.count("<u8", f"the length of {what}", MAX_ITEMS, _width(kind))
+    count = cursor.count("<u8", f"the length of {what}", _MAX_ITEMS, _width(kind))
     return cursor.take(count * _width(kind), what).view(_SCALARS[kind])
 
 
@@ -151,7 +151,7 @@ class _Cursor:
         return value
 
     def string(self, what: str) -> bytes:
-        return self.take(self.count("<u8", f"the length of {what}", MAX_STRING, 1), what).tobytes()
+        return self.take(self.count("<u8", f"the length of {what}", _MAX_STRING, 1), what).tobytes()
 
     def text(self, what: str) -> str:
         try:

@@ -9,17 +9,18 @@ that are removed}. The types of pieces have the same numbers in both forms.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maestrale.checkpoint.gguf_room import open_gguf
 from maestrale.errors import CheckpointError
 
 _PREFIX = "tokenizer.ggml."
-_BPE, _NORMAL, _BYTE = 2, 1, 6
+_BPE, _NORMAL, _USER_DEFINED, _BYTE = 2, 1, 4, 6
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _NONE = (1 << 64) - 1  # -1 as the file spells it
 
@@ -37,8 +38,9 @@ class SentencePieces:
     space_prefix: bool
 
 
-def from_header(values: Mapping[str, Any], path: Path) -> SentencePieces:
-    """What the header values of a GGUF file say; CheckpointError where it is another kind of tokenizer, or damaged."""
+def from_gguf(path: Path) -> SentencePieces:
+    """What a GGUF file's header says; CheckpointError where it is another kind of tokenizer, or damaged."""
+    values = open_gguf(path).values
 
     def get(key: str, default: Any = None) -> Any:
         return values.get(_PREFIX + key, default)
@@ -68,13 +70,26 @@ def from_header(values: Mapping[str, Any], path: Path) -> SentencePieces:
 
 
 def to_header(pieces: SentencePieces) -> dict[str, Any]:
-    """The inverse of `from_header`."""
+    """The inverse of `from_gguf`, but for pieces that users defined whose characters no other piece has, such as line
+    feeds: llama.cpp puts a space after user-defined pieces, which SentencePiece does not. As ordinary pieces they are
+    found just the same, since nothing else can merge with them."""
+    used = set().union(
+        *(
+            token.decode(errors="replace")
+            for token, kind in zip(pieces.tokens, pieces.types, strict=True)
+            if kind == _NORMAL
+        )
+    )
+    types = [
+        _NORMAL if kind == _USER_DEFINED and not used & set(token.decode(errors="replace")) else kind
+        for token, kind in zip(pieces.tokens, pieces.types, strict=True)
+    ]
     return {
         _PREFIX + "model": "llama",
         _PREFIX + "pre": "default",
         _PREFIX + "tokens": pieces.tokens,
         _PREFIX + "scores": np.array(pieces.scores, "<f4"),
-        _PREFIX + "token_type": np.array(pieces.types, "<i4"),
+        _PREFIX + "token_type": np.array(types, "<i4"),
         _PREFIX + "bos_token_id": pieces.bos_id,
         _PREFIX + "eos_token_id": pieces.eos_id,
         _PREFIX + "unknown_token_id": pieces.unk_id,

@@ -74,13 +74,18 @@ class Checkpoint:
             bits[kind] += round(width * plan.size)
         return bits
 
+    def is_packed(self, name: str) -> bool:
+        """Whether `packed(name)` gives a weight, without reading it."""
+        place = self._places[name]
+        return isinstance(place, QuantizedPlace) and place.packs
+
     def packed(self, name: str) -> PackedWeight | None:
         """A weight that is stored quantized in a way that packing keeps exactly; None for any other.
 
         Of a packed folder its arrays are views of the file; then `release` must wait until they are done with.
         """
         place = self._places[name]
-        if not isinstance(place, QuantizedPlace) or not place.packs:
+        if not isinstance(place, QuantizedPlace) or not self.is_packed(name):
             return None
         weight = place.read(self._arrays(place))
         assert isinstance(weight, PackedWeight)

@@ -39,7 +39,7 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
         self._template: ChatTemplate | None = None
-        self.kind = vocabulary.kind
+        self.kind, self.path = vocabulary.kind, vocabulary.path
         self.vocab_size = vocabulary.size
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
@@ -169,11 +169,10 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
 
 
 def _from_gguf(path: Path, vocab_size: int) -> Tokenizer:
-    from maestrale.checkpoint.gguf_room import open_gguf
-    from maestrale.checkpoint.gguf_vocab import from_header, to_file
+    from maestrale.checkpoint.gguf_vocab import from_gguf, to_file
     from maestrale.text.sentencepiece_room import read_sentencepiece
 
-    vocabulary = read_sentencepiece(path, to_file(from_header(open_gguf(path).values, path)))
+    vocabulary = read_sentencepiece(path, to_file(from_gguf(path)))
     require_size(path, vocabulary.size, vocab_size)
     return Tokenizer(vocabulary)
 
