@@ -53,6 +53,7 @@ class Batch:
     tables: for each kind of layer, int64 [B, ring] page numbers (entries not yet granted are 0 and never read).
     copies: for each kind, int64 [n, 2] pages (from, to) to copy before anything is written (copy on write).
     logit_rows: int64 [N], the rows of T whose logits are wanted.
+    experts: whether it is also wanted which experts those rows went through.
     """
 
     token_ids: NDArray[np.int64]
@@ -61,13 +62,19 @@ class Batch:
     tables: tuple[NDArray[np.int64], ...]
     copies: tuple[NDArray[np.int64], ...]
     logit_rows: NDArray[np.int64]
+    experts: bool = False
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """logits: float32 [N, vocab], the rows of `Batch.logit_rows` in order."""
+    """logits: float32 [N, vocab], the rows of `Batch.logit_rows` in order.
+
+    experts: int16 [N, layers, K], for each of those rows and each layer the experts that it went through, the one the
+    router scored highest first; None where it was not asked for, or the model is no mixture.
+    """
 
     logits: NDArray[np.float32]
+    experts: NDArray[np.int16] | None = None
 
 
 class Runner(Protocol):

@@ -55,5 +55,11 @@ class DiskError(MaestraleError):
     exit_code = 5
 
 
+class DistributedError(MaestraleError):
+    """A rank that died, hangs, or cannot do its part; the message names rank, host and cause."""
+
+    exit_code = 6
+
+
 SIGINT_EXIT = 130
 SIGTERM_EXIT = 143

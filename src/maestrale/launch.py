@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
-from maestrale.batch import Runner
+from maestrale.batch import CacheLayout, Runner
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
@@ -18,9 +19,15 @@ from maestrale.engine.engine import Engine
 from maestrale.engine.layout import longest_fit, make_layout, sequence_bytes
 from maestrale.errors import CheckpointError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory, cache_budget
+from maestrale.mesh import Mesh
 from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from maestrale.torch_backend.parallel.link import Link
+
+T = TypeVar("T")
+RANKS = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"}  # one of these is set in a process that torchrun or mpirun started
 BUNDLED = Path(__file__).parent / "models"
 
 
@@ -44,6 +51,11 @@ class Options:
     max_sequences: int = 64
     ignore_unexpected: bool = False
     threads: int | None = None
+    prefix_cache: bool = True
+    pipeline: int | None = None
+    tensor: int | None = None
+    expert: int = 1
+    timeout: float = 120.0  # seconds, of a rank that should answer
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,10 @@ class Launched:
     device: str
     dtype: str
     tensor_bytes: dict[str, float]
+
+    @property
+    def description(self) -> str:
+        return f"{self.backend}, {self.device}, {self.dtype}"
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -89,39 +105,58 @@ def launch(
     """Checks all that can be checked without a weight, then loads. Errors: UsageError, ConfigError, CheckpointError,
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     _check(options)
-    with open_checkpoint(model_folder(path), options.ignore_unexpected) as checkpoint:
+    link = _link(options)
+    together = link.agree if link else _alone
+    with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
-        backend, device = _backend(options)
+        backend, device = _backend(options if link is None else replace(options, backend="torch"))
         dtype, weights = _formats(options, backend, checkpoint)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
         tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
         memory, weight_bytes = _memory(device), int(sum(tensor_bytes.values()))
-        if weight_bytes > memory:
+        if link is not None:
+            link.mesh.check(config)
+        elif weight_bytes > memory:
             raise MemoryLimitError(
                 f"{checkpoint.folder}: the weights take {weight_bytes / 2**30:.1f} GiB as {weights}, "
                 f"{memory / 2**30:.1f} GiB are to be had on {device}"
             )
-        layout = make_layout(
-            config,
-            max_len=options.max_len,
-            max_chunk=max_chunk,
-            max_sequences=options.max_sequences,
-            element_bytes=byte_count(dtype, (1,)),
-            budget=cache_budget(memory, weight_bytes),
-        )
+
+        def layout_for(budget: int) -> CacheLayout:
+            return make_layout(
+                config,
+                max_len=options.max_len,
+                max_chunk=max_chunk,
+                max_sequences=options.max_sequences,
+                element_bytes=byte_count(dtype, (1,)),
+                budget=budget,
+            )
+
         runner: Runner
-        if backend == "native":
+        if link is not None:
+            from maestrale.torch_backend.parallel.runner import open_ranks
+
+            here = f"cuda:{link.local_rank}" if device == "cuda" else device
+            parallel = open_ranks(checkpoint, link, dtype, here, layout_for, progress)  # on rank 0 only it returns
+            atexit.register(parallel.close)
+            runner = parallel
+        elif backend == "native":
             from maestrale.native_backend.runner import choose_threads
             from maestrale.native_backend.runner import open_runner as open_native
 
+            layout = layout_for(cache_budget(memory, weight_bytes))
             runner = open_native(checkpoint, layout, dtype, weights, choose_threads(options.threads), progress)
         else:
             from maestrale.torch_backend.runner import open_runner as open_torch
 
-            runner = open_torch(checkpoint, layout, dtype, device, progress)
-    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences)
+            runner = open_torch(checkpoint, layout_for(cache_budget(memory, weight_bytes)), dtype, device, progress)
+    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences, prefix_cache=options.prefix_cache)
     return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes)
+
+
+def _alone(work: Callable[[], T]) -> T:
+    return work()
 
 
 def _check(options: Options) -> None:
@@ -179,6 +214,28 @@ def _formats(options: Options, backend: str, checkpoint: Checkpoint) -> tuple[st
             "leave weights out, or quantize the folder that it was made from"
         )
     return dtype, {"F32": "f32", "BF16": "bf16"}[dtype] if options.weights == "auto" else options.weights
+
+
+def _link(options: Options) -> Link | None:
+    """This process's links to the other ranks that torchrun or mpirun started; None where it is alone."""
+    asked = [options.pipeline, options.tensor, options.expert]
+    if not RANKS & set(os.environ):
+        if any(value not in (None, 1) for value in asked):
+            raise UsageError(
+                "a model over several ranks needs as many processes: start with  "
+                f"torchrun --nproc-per-node {(options.pipeline or 1) * (options.tensor or 1)} -m maestrale …"
+            )
+        return None
+    from maestrale.torch_backend.parallel.link import Link, world
+
+    size = world()[1]
+    tensor = options.tensor or (1 if options.pipeline is None else max(1, size // options.pipeline))
+    mesh = Mesh(options.pipeline or max(1, size // tensor), tensor, options.expert)
+    if mesh.size != size:
+        raise UsageError(
+            f"{mesh.pipeline} pipeline ranks of {mesh.tensor} shards are {mesh.size} processes; {size} were started"
+        )
+    return Link(mesh, options.timeout) if size > 1 else None
 
 
 def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer | None, CheckpointError | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,12 +15,24 @@ from maestrale.config import ModelConfig
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
 from maestrale.launch import Options, launch
+from maestrale.sampling.constraint import read_constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Completion"]
+__all__ = ["LLM", "Completion", "Load", "Request"]
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine has to do. pages, free_pages: of the cache, over all kinds of layers."""
+
+    waiting: int
+    running: int
+    pages: int
+    free_pages: int
+    preemptions: int
 
 
 class LLM:
@@ -32,11 +45,16 @@ class LLM:
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
+    num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
+        None is what the number of ranks leaves. On other ranks than 0 the call does not return.
+    distributed_timeout: seconds after which a rank that should have answered counts as hanging.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
+    prefix_cache: keep the pages of what was computed, for prompts that begin alike; text does not depend on it.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
-    Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
+    Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
+    where possible.
     """
 
     def __init__(
@@ -51,12 +69,30 @@ class LLM:
         *,
         max_sequences: int = 64,
         ignore_unexpected: bool = False,
+        num_pipeline_ranks: int | None = None,
+        tensor_parallel: int | None = None,
+        expert_parallel: int = 1,
+        distributed_timeout: float = 120.0,
         require_tokenizer: bool = False,
         threads: int | None = None,
+        prefix_cache: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
-            dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected, threads
+            dtype,
+            weights,
+            device,
+            backend,
+            max_len,
+            max_batch_tokens,
+            max_sequences,
+            ignore_unexpected,
+            threads=threads,
+            prefix_cache=prefix_cache,
+            pipeline=num_pipeline_ranks,
+            tensor=tensor_parallel,
+            expert=expert_parallel,
+            timeout=distributed_timeout,
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
@@ -65,6 +101,11 @@ class LLM:
     @property
     def config(self) -> ModelConfig:
         return self._launched.config
+
+    @property
+    def description(self) -> str:
+        """How it runs, in a few words: backend, device, dtype."""
+        return self._launched.description
 
     @property
     def max_len(self) -> int:
@@ -117,13 +158,30 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
     ) -> Completion:
-        """The assistant's answer to OpenAI-style messages, in the model's own chat form."""
-        ids = self.tokenizer.encode_chat(messages, tools)
-        (request,) = requests = self._submit([ids], [params or SamplingParams()], reply=True)
+        """The assistant's answer to OpenAI-style messages, in the model's own chat form.
+
+        With tools its `tool_calls` are those that it makes; each fits its function's schema, unless the answer was
+        cut off (finish_reason "length"). tool_choice: "auto", "none", "required", or {"type": "function", "function":
+        {"name": …}}.
+        """
+        ids, params = self.tokenizer.encode_chat(messages, tools), params or SamplingParams()
+        if tools or tool_choice:
+            content = read_constraint(params.constraint)
+            constraint = self.tokenizer.tool_constraint(tools, tool_choice, parallel_tool_calls, content)
+            params = replace(params, constraint=constraint)
+        (request,) = requests = self._submit([ids], [params], reply=True)
         for _ in self._run(requests):
             pass
-        return _ordered(request)[0]
+        answer = _ordered(request)[0]
+        if tools:
+            answer.text, calls = self.tokenizer.read_calls(str(ids)).push(answer.token_ids, answer.text)
+            answer.tool_calls = calls
+            if calls and answer.finish_reason == "stop":
+                answer.finish_reason = "tool_calls"
+        return answer
 
     def logits(
         self, list_of_token_ids: Sequence[Sequence[int]], chunk_size: int | None = None
@@ -139,6 +197,41 @@ class LLM:
         for _ in self._run(requests):
             pass
         return [np.stack(request.logits or []) for request in requests]
+
+    # A thread that drives the model step by step, as a server does, uses these and no other method besides.
+
+    def submit(self, ids: Sequence[int], params: SamplingParams, *, reply: bool = False) -> Request:
+        """Queues a prompt of token ids. RequestError where it cannot be served. `reply` as for `stream`."""
+        return self._engine.submit(ids, params, reply=reply)
+
+    def step(self) -> list[tuple[Request, Completion]]:
+        """One batch: what is new, and for whom. A request that has ended is `finished`, perhaps with an `error`."""
+        return self._engine.step()
+
+    def abort(self, request: Request) -> None:
+        """Ends a request; its pages are free at once. Harmless where it has ended already."""
+        self._engine.abort(request)
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def cache_fill(self) -> list[tuple[int | None, int, int]]:
+        """For each kind of layer: its window, the pages that sequences hold, all pages. From any thread."""
+        layout, available = self._engine.pages.layout, self._engine.pages.available
+        kinds = zip(layout.windows, layout.pages, available, strict=True)
+        return [(window, pages - free, pages) for window, pages, free in kinds]
+
+    def load(self) -> Load:
+        """May be called from any thread."""
+        scheduler, pages = self._engine.scheduler, self._engine.pages
+        return Load(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            pages=sum(pages.layout.pages),
+            free_pages=sum(pages.available),
+            preemptions=scheduler.preemptions,
+        )
 
     def _submit(
         self,

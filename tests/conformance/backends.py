@@ -49,5 +49,5 @@ def open_engine(
 def run(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
-    free = [len(pages) for pages in engine.pages.free]
+    free = engine.pages.available
     assert free == list(engine.pages.layout.pages), "pages are missing at the end"

@@ -78,6 +78,22 @@ def test_greedy_text_is_the_same_alone_batched_and_preempted(name, built, backen
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_is_the_same_after_a_cache_hit(name, built, backend):
+    model, folder = built(name)
+    engine = open_engine(folder, backend, page_size=4, max_len=96, max_chunk=16)
+    first = tokens(30, seed=30)
+    texts = [first, first, [*first[:21], *tokens(9, seed=9)], [*first, *hf_greedy(model, first, 3), 7, 8]]
+    saved = []
+    for ids in texts:
+        before = engine.prefixes.found
+        request = engine.submit(ids, SamplingParams(max_tokens=4, temperature=0))
+        run(engine)
+        assert request.completions[0].token_ids == hf_greedy(model, ids, 4)
+        saved.append(engine.prefixes.found - before)
+    assert saved == [0, 28, 20, 32]
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "params",
     [

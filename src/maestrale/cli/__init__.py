@@ -17,6 +17,7 @@ import typer
 
 import maestrale
 from maestrale.cli.bench import bench
+from maestrale.cli.chat import chat
 from maestrale.cli.convert import convert
 from maestrale.cli.demo import demo
 from maestrale.cli.evaluate import evaluate
@@ -24,6 +25,7 @@ from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
 from maestrale.cli.quantize import quantize
+from maestrale.cli.serve import serve
 from maestrale.cli.train import train
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
@@ -31,6 +33,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
     "interactive": interactive,
+    "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "eval": evaluate,
     "convert": convert,
@@ -63,6 +67,7 @@ def main() -> None:
         path = context.command_path if context else "maestrale"
         _complain(f"{error.format_message()} (see {path} --help)")
         code = error.exit_code  # type: ignore[attr-defined]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing left to tidy
     sys.exit(code)
 
 
@@ -78,7 +83,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_top)
     for name, function in VERBS.items():
-        app.command(name, help=_paragraphs(function))(_guarded(function))
+        settings = {"auto_envvar_prefix": "MAESTRALE"} if function is serve else {}  # MAESTRALE_PORT is --port
+        app.command(name, help=_paragraphs(function), context_settings=settings)(_guarded(function))
     return app
 
 

@@ -128,7 +128,16 @@ class Stand:
         # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.
         self.slack = 2 * max(sizes) + 1
         longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
-        options = Options(dtype, weights, device, backend, max_len=longest, max_sequences=max(sizes), threads=threads)
+        options = Options(
+            dtype,
+            weights,
+            device,
+            backend,
+            max_len=longest,
+            max_sequences=max(sizes),
+            threads=threads,
+            prefix_cache=False,
+        )
         self.launched: Launched = launch(path, options, progress=progress)
         self.config, self.engine = self.launched.config, self.launched.engine
         self.runner = self.engine.runner = TimedRunner(self.engine.runner)

@@ -24,6 +24,9 @@ def demo(
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
     threads: opt.Threads = None,
+    num_pipeline_ranks: opt.PipelineRanks = None,
+    tensor_parallel: opt.TensorParallel = None,
+    expert_parallel: opt.ExpertParallel = 1,
     ignore_unexpected: opt.IgnoreUnexpected = False,
 ) -> None:
     """Continue three prompts in one batch; on a terminal they grow together over a line of progress."""
@@ -36,6 +39,9 @@ def demo(
         device=device,
         backend=backend,
         threads=threads,
+        num_pipeline_ranks=num_pipeline_ranks,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
         ignore_unexpected=ignore_unexpected,
     )
     texts, tokens, start = list(PROMPTS), 0, time.perf_counter()

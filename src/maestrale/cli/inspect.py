@@ -37,6 +37,12 @@ def inspect(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="To run in: float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Which divisions fit these: 2x24GB, or 8x80GB.", show_default=False),
+    ] = None,
+    device_bandwidth: Annotated[float, typer.Option(help="With --devices: of a device's memory, GB/s.")] = 1000.0,
+    link: Annotated[float, typer.Option(help="With --devices: between two devices, GB/s.")] = 25.0,
     check_tensors: Annotated[
         bool, typer.Option("--check-tensors", help="Read all weights; name those with NaN or Inf and leave with 3.")
     ] = False,
@@ -44,15 +50,20 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show a model's architecture, parameters, memory and tokenizer; only headers are read."""
-    from maestrale.checkpoint.dtypes import read_dtype
+    from maestrale.checkpoint.dtypes import byte_count, read_dtype
     from maestrale.checkpoint.reader import check_finite, open_checkpoint
+    from maestrale.cli.splits import read_devices, splits
     from maestrale.launch import model_folder
 
+    planned = None if devices is None else read_devices(devices, device_bandwidth, link)
     for name, value in (("length", length), ("batch", batch)):
         if value is not None and not 0 < value <= _LONGEST:
             raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
     with open_checkpoint(model_folder(path), ignore_unexpected) as checkpoint:
         facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype))
+        if planned is not None:
+            element_bytes = byte_count(facts["weights"]["dtype"], (1,))
+            facts["splits"] = splits(checkpoint.config, planned, facts["cache"]["length"], batch, element_bytes)
         if check_tensors:
             facts["bad_tensors"] = check_finite(checkpoint)
     if as_json:
@@ -160,10 +171,28 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fits here", "yes" if memory["fits"] else "no"),
         ("longest that fits", longest),
     ]
+    if "splits" in facts:
+        rows += [("Divisions", "")]
+        rows += [(_division(split), _cost(split)) for split in facts["splits"]] or [
+            ("none", "the model cannot be divided so")
+        ]
     if "bad_tensors" in facts:
         bad = facts["bad_tensors"]
         rows += [("Tensors", ""), ("with NaN or Inf", ", ".join(bad) or "none")]
     return rows
+
+
+def _division(split: dict[str, Any]) -> str:
+    experts = f", {split['expert']} groups of experts" if split["expert"] > 1 else ""
+    stages, shards = split["pipeline"], split["tensor"]
+    return f"{stages} stage{'s' * (stages > 1)} x {shards} shard{'s' * (shards > 1)}{experts}"
+
+
+def _cost(split: dict[str, Any]) -> str:
+    held = f"{_size(split['weight_bytes'])} of weights and {_size(split['cache_bytes'])} of cache on a rank"
+    if not split["fits"]:
+        return f"does not fit: {held}"
+    return f"{held}; {split['seconds_per_token'] * 1e3:.3g} ms a step, {split['tokens_per_second']:,.0f} tokens/s"
 
 
 _size = opt.readable_bytes

@@ -45,6 +45,19 @@ MaxLen = Annotated[
 MaxBatchTokens = Annotated[
     int | None, typer.Option(help="Most tokens computed in one step.", show_default=False, rich_help_panel=MODEL)
 ]
+PipelineRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--num-pipeline-ranks", help="Under torchrun: stages of layers.", show_default=False, rich_help_panel=MODEL
+    ),
+]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(help="Under torchrun: shards of each layer.", show_default=False, rich_help_panel=MODEL),
+]
+ExpertParallel = Annotated[
+    int, typer.Option(help="Under torchrun: groups that a mixture's experts are divided into.", rich_help_panel=MODEL)
+]
 IgnoreUnexpected = Annotated[
     bool,
     typer.Option(

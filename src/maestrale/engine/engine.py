@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Runner
 from maestrale.engine.assemble import assemble
+from maestrale.engine.confine import Suspects, as_ours
 from maestrale.engine.pages import Pages
-from maestrale.engine.request import Completion, Request, Sequence
-from maestrale.engine.scheduler import Scheduler
+from maestrale.engine.prefix import PrefixCache
+from maestrale.engine.request import Completion, Request, Row, Sequence
+from maestrale.engine.scheduler import Schedule, Scheduler
 from maestrale.errors import RequestError
 from maestrale.sampling.beam import BeamSearch
+from maestrale.sampling.constraint import Constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.sampling.policy import history_for, log_softmax, sample, token_logprob
 from maestrale.sampling.stop import StopStrings
@@ -22,13 +25,26 @@ from maestrale.text.tokenizer import Tokenizer
 
 
 class Engine:
-    """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it."""
+    """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it.
 
-    def __init__(self, runner: Runner, vocab_size: int, tokenizer: Tokenizer | None, max_sequences: int):
+    prefix_cache: whether a prompt may begin on the pages of an earlier one that began alike.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        vocab_size: int,
+        tokenizer: Tokenizer | None,
+        max_sequences: int,
+        *,
+        prefix_cache: bool = True,
+    ):
         self.runner, self.vocab_size, self.tokenizer = runner, vocab_size, tokenizer
         self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
         self.pages = Pages(runner.layout)
-        self.scheduler = Scheduler(self.pages, runner.layout.max_chunk, max_sequences)
+        self.prefixes = PrefixCache(self.pages, prefix_cache)
+        self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
+        self.suspects = Suspects()
 
     def submit(
         self,
@@ -38,12 +54,13 @@ class Engine:
         chunk_size: int | None = None,
         keep_logits: bool = False,
         reply: bool = False,
+        namespace: str = "",
     ) -> Request:
         """Queues a prompt of token ids. RequestError where it cannot be served, with the offending `param`.
 
         chunk_size: the most prompt tokens to compute in a step. keep_logits: keep every row of logits.
         reply: the completion's text begins anew, as a chat's answer does, and does not go on from the prompt's: no
-        space between the two is part of it.
+        space between the two is part of it. namespace: who may share cached pages with it: requests of the same one.
         """
         layout = self.runner.layout
         self._check_prompt(prompt, params)
@@ -55,6 +72,7 @@ class Engine:
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
             reply=reply,
+            namespace=namespace,
         )
         self._check_width(request)
         self._prepare(request.sequences[0])
@@ -74,38 +92,58 @@ class Engine:
     def step(self) -> list[tuple[Request, Completion]]:
         """One batch. Gives, for each sequence that went on, what was added to it, as a Completion.
 
-        A request that failed has its `error` set and no pages any more; the others are not touched.
+        A request that failed has its `error` set and no pages any more; the others are not touched. When a step
+        fails, the next ones compute its requests one by one, and only who fails alone is at fault.
         """
-        schedule = self.scheduler.schedule()
+        suspect = self.suspects.next()
+        schedule = self.scheduler.schedule() if suspect is None else self.scheduler.schedule_alone(suspect)
         if not schedule.work:
             return []
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         try:
-            logits = self.runner.step(assemble(schedule, wanted, len(self.pages.free))).logits
-        except BaseException:  # Ctrl-C too: whoever is asked to go on after it must find whole pages
+            output = self.runner.step(assemble(schedule, wanted, len(self.pages.pools)))
+        except Exception as error:
+            self._confine(schedule, error)
+            return []
+        except BaseException:  # Ctrl-C: whoever is asked to go on after it must find whole pages
             self.scheduler.undo(schedule)
             raise
         news: list[tuple[Request, Completion]] = []
-        ready: dict[Request, list[tuple[Sequence, NDArray[np.float32]]]] = {}
+        ready: dict[Request, list[tuple[Sequence, Row]]] = {}
         row = 0
         for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
-            rows, row = logits[row : row + len(positions)], row + len(positions)
+            rows, row = output.logits[row : row + len(positions)], row + len(positions)
             try:
                 self._read_prompt_rows(sequence, positions, rows)
-            except RequestError as error:
+            except Exception as error:
                 self._fail(sequence.request, error)
             sequence.computed += count
+            self.prefixes.publish(sequence)
             if not sequence.pending and not sequence.request.finished:
-                ready.setdefault(sequence.request, []).append((sequence, rows[-1]))
+                experts = None if output.experts is None else output.experts[row - 1]
+                ready.setdefault(sequence.request, []).append((sequence, Row(rows[-1], experts)))
         for request, last_rows in ready.items():
             try:
                 news += [(request, piece) for piece in self._advance(request, last_rows)]
-            except RequestError as error:
+            except Exception as error:
                 self._fail(request, error)
         return news
 
-    def _fail(self, request: Request, error: RequestError) -> None:
-        request.error = error
+    def _confine(self, schedule: Schedule, error: Exception) -> None:
+        requests = {sequence.request for sequence, _ in schedule.work}
+        if len(requests) == 1:
+            self._fail(requests.pop(), error)
+        else:
+            self.suspects.accuse(schedule)
+            self.scheduler.undo(schedule)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        if request.finished:  # it has failed by another of its sequences
+            return
+        request.error = as_ours(error)
+        for sequence in request.sequences:
+            if sequence.table is not None:
+                self.pages.withdraw(sequence.table)  # nobody builds on what it computed
         self.abort(request)
 
     def _check_prompt(self, prompt: Items[int], params: SamplingParams) -> None:
@@ -119,6 +157,8 @@ class Engine:
         params.check_vocabulary(self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model's folder has none", param="stop")
+        if params.constraint and self.tokenizer is None:
+            raise RequestError("a constraint needs a tokenizer, and this model's folder has none", param="constraint")
         limit = self.runner.layout.max_len
         if len(prompt) + min(params.max_tokens, 1) > limit:
             raise RequestError(
@@ -141,11 +181,17 @@ class Engine:
             raise RequestError(f"{request.width} sequences do not fit a step of {layout.max_chunk} tokens", "n")
         if request.params.beam_width > 1 and request.params.logprobs is not None:
             raise RequestError("logprobs are not kept for beams: a beam has a score", param="logprobs")
+        if request.params.beam_width > 1 and request.params.experts:
+            raise RequestError("experts are not kept for beams", param="experts")
 
     def _prepare(self, sequence: Sequence) -> None:
         request = sequence.request
         if self.tokenizer is not None and request.params.beam_width == 1:
             sequence.decoder = self.tokenizer.stream(after=request.text_before)
+            if isinstance(request.params.constraint, Constraint):
+                sequence.matcher = self.tokenizer.grammars.matcher(
+                    request.params.constraint, sequence.decoder.drops_space
+                )
         sequence.history = history_for(request.params, request.prompt, self.vocab_size)
         if request.params.logprobs is not None:
             sequence.completion.logprobs = []
@@ -153,13 +199,8 @@ class Engine:
 
     def _wanted_rows(self, sequence: Sequence, count: int) -> range:
         """Positions, out of those computed now, whose logits are wanted."""
-        request, end = sequence.request, sequence.computed + count
-        first = len(sequence.tokens) - 1  # the last known token gives the next one
-        if request.logits is not None:
-            first = len(request.logits)
-        elif request.params.prompt_logprobs is not None and not request.forked:
-            first = len(request.prompt_logprobs) - 1
-        return range(max(sequence.computed, min(first, end)), end)
+        end = sequence.computed + count
+        return range(max(sequence.computed, min(sequence.first_wanted, end)), end)
 
     def _read_prompt_rows(self, sequence: Sequence, positions: range, rows: NDArray[np.float32]) -> None:
         """Keeps what was asked of the prompt's own rows: row p says how likely the token at p + 1 was."""
@@ -174,7 +215,7 @@ class Engine:
                 request.prompt_logprobs.append(logprob)
                 request.prompt_top_logprobs.append(top)
 
-    def _advance(self, request: Request, rows: list[tuple[Sequence, NDArray[np.float32]]]) -> list[Completion]:
+    def _advance(self, request: Request, rows: list[tuple[Sequence, Row]]) -> list[Completion]:
         """Turns the rows of sequences that have caught up into their next tokens."""
         if request.params.beam_width > 1 and request.params.max_tokens > 0:
             return self._advance_beams(request, rows)
@@ -186,26 +227,39 @@ class Engine:
             return [self._finish(sequence, "length", Completion(index=sequence.index)) for sequence, _ in rows]
         return [self._append(sequence, row) for sequence, row in rows]
 
-    def _append(self, sequence: Sequence, row: NDArray[np.float32]) -> Completion:
+    def _append(self, sequence: Sequence, row: Row) -> Completion:
         request, params = sequence.request, sequence.request.params
         eos_ids = () if params.ignore_eos else self.eos_ids
-        token = sample(row, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history)
-        piece = Completion(index=sequence.index)
+        matcher, piece = sequence.matcher, Completion(index=sequence.index)
+        if matcher is not None and matcher.finished:  # only the empty text will do
+            return self._finish(sequence, "stop", piece)
+        allowed = None if matcher is None else matcher.allowed
+        token = sample(
+            row.logits, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, allowed
+        )
         if token in eos_ids:
             return self._finish(sequence, "stop", piece)
+        if matcher is not None:
+            matcher.consume(token)
         sequence.tokens.append(token)
         if sequence.history is not None:
             sequence.history.append(token)
         piece.token_ids.append(token)
         if params.logprobs is not None:
-            logprob, top = token_logprob(row, token, params.logprobs)
+            logprob, top = token_logprob(row.logits, token, params.logprobs)
             piece.logprobs, piece.top_logprobs = [logprob], [top]
+        if params.experts and row.experts is not None:
+            piece.experts = [row.experts.tolist()]
         if sequence.decoder is not None:
             piece.text = sequence.decoder.push(token)
-            if sequence.generated >= params.min_tokens:  # before, a stop string is text like any other
+            if matcher is not None and matcher.calls_begun:  # nothing stops inside a call
+                piece.text = sequence.stops.finish() + piece.text
+            elif sequence.generated >= params.min_tokens:  # before, a stop string is text like any other
                 piece.text, stopped = sequence.stops.push(piece.text)
                 if stopped:
                     return self._finish(sequence, "stop", piece)
+        if matcher is not None and matcher.finished:
+            return self._finish(sequence, "stop", piece)
         if len(sequence.tokens) >= request.length_limit:
             return self._finish(sequence, "length", piece)
         _add(sequence.completion, piece)
@@ -245,14 +299,14 @@ class Engine:
     def _fork(self, sequence: Sequence, index: int) -> Sequence:
         """A sequence with the same past, on the same pages."""
         twin = Sequence(sequence.request, index, sequence.tokens)
-        twin.computed = sequence.computed
+        twin.computed, twin.keys = sequence.computed, list(sequence.keys)
         if sequence.table is not None:
             twin.table = self.pages.fork(sequence.table)
         self._prepare(twin)
         sequence.request.sequences.append(twin)
         return twin
 
-    def _advance_beams(self, request: Request, rows: list[tuple[Sequence, NDArray[np.float32]]]) -> list[Completion]:
+    def _advance_beams(self, request: Request, rows: list[tuple[Sequence, Row]]) -> list[Completion]:
         params = request.params
         if request.beam is None:
             request.forked = True
@@ -263,7 +317,7 @@ class Engine:
                 params.length_penalty,
                 params.min_tokens,
             )
-        continued = request.beam.advance(log_softmax(np.stack([row for _, row in rows])))
+        continued = request.beam.advance(log_softmax(np.stack([row.logits for _, row in rows])))
         if request.beam.done:
             return self._finish_beams(request, request.beam)
         parents = [sequence for sequence, _ in rows]
@@ -301,3 +355,5 @@ def _add(whole: Completion, piece: Completion) -> None:
     if whole.logprobs is not None and whole.top_logprobs is not None:
         whole.logprobs += piece.logprobs or []
         whole.top_logprobs += piece.top_logprobs or []
+    if piece.experts is not None:
+        whole.experts = (whole.experts or []) + piece.experts

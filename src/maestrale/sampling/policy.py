@@ -2,7 +2,7 @@
 
 1. The row of raw logits. What is reported as a token's logprob is the natural-log softmax of this row, so it does
    not depend on any parameter (`token_logprob`). NaN or +inf refuses the request; -inf is a token that cannot come.
-2. `logit_bias` is added.
+2. Tokens that a constraint does not allow are -inf. Then `logit_bias` is added.
 3. Penalties. Repetition, over every token of the prompt and of the generated text: a positive logit is divided by
    it, a negative one multiplied (Keskar et al. 2019, section 4.1, in the form that leaves the sign alone). Then
    presence (once) and frequency (once for each time), over generated tokens only, are subtracted.
@@ -59,15 +59,17 @@ def sample(
     index: int,
     eos_ids: Iterable[int] = (),
     history: History | None = None,
+    allowed: NDArray[np.bool_] | None = None,
 ) -> int:
     """The next token of one sequence, from its row of logits.
 
     logits: float32 [vocab], left as it is. seed: the request's, or one the engine chose where `params.seed` is None.
     sample_index: which of the request's n. index: how many tokens this sample has generated so far.
     eos_ids: ids that `min_tokens` holds back. history: from `history_for`, needed where a penalty is on.
+    allowed: bool [vocab], the tokens that a constraint allows; None where there is none.
     Raises RequestError where the logits hold NaN or +inf, or where no token is possible.
     """
-    x: NDArray = logits
+    x: NDArray = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
     if params.logit_bias:
         x = x.astype(np.float64)
         for token, bias in params.logit_bias.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maestrale.errors import RequestError
+from maestrale.text.tools import short_id
 from maestrale.text.vocabulary import require_text
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -60,7 +60,7 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """name, description and parameters of each function offered. RequestError (param "tools") for anything else."""
+    """name, description, parameters, strict of each function offered. RequestError (param "tools") for others."""
     if tools is None:
         return []
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
@@ -73,11 +73,13 @@ def _function(where: str, tool: Any) -> dict[str, Any]:
     if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
         raise RequestError(f'{where}: expected {{"type": "function", "function": {{…}}}}', param="tools")
     name, description = function.get("name"), function.get("description")
-    parameters = function.get("parameters")
+    parameters, strict = function.get("parameters"), function.get("strict")
     if not isinstance(name, str) or not name:
         raise RequestError(f"{where}.function.name: expected a name, got {name!r}", param="tools")
     if not isinstance(parameters, Mapping | None):
         raise RequestError(f"{where}.function.parameters: expected a JSON schema, got {parameters!r}", param="tools")
+    if not isinstance(strict, bool | None):
+        raise RequestError(f"{where}.function.strict = {strict!r}: expected true or false", param="tools")
     read = {"name": name, "description": "" if description is None else description, "parameters": parameters or {}}
     try:
         require_text(json.dumps(read, ensure_ascii=False, allow_nan=False), "tools")
@@ -85,7 +87,7 @@ def _function(where: str, tool: Any) -> dict[str, Any]:
         raise RequestError(f"{where}.function: no JSON: {error}", param="tools") from None
     if not isinstance(read["description"], str):
         raise RequestError(f"{where}.function.description: expected text", param="tools")
-    return read
+    return read | {"strict": bool(strict)}
 
 
 def _turn(where: str, message: Any, calls: dict[str, Call]) -> Turn:
@@ -156,7 +158,7 @@ def _short_id(call_id: str) -> str:
     """Nine letters and digits, as these models learned call ids: the id itself, or always the same nine for it."""
     if _SHORT_ID.fullmatch(call_id):
         return call_id
-    return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
+    return short_id(call_id)
 
 
 def _checked(where: str, text: str) -> str:

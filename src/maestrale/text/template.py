@@ -10,12 +10,12 @@ from typing import Any
 
 from maestrale.errors import RequestError
 from maestrale.text.chat import Turn
+from maestrale.text.tools import TOOL_CONTROLS, require_tools
 from maestrale.text.vocabulary import Vocabulary
 
 _INST = {"[INST]", "[/INST]"}
 _SYSTEM = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
 _ARGUMENTS = {"[ARGS]", "[CALL_ID]"}
-_TOOLS = {"[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"}
 # Version → mistral-common's class that merges messages, and the control tokens without which there is no chat.
 _VERSIONS: dict[str | None, tuple[str, set[str]]] = {
     "v1": ("InstructRequestNormalizer", set()),
@@ -25,6 +25,16 @@ _VERSIONS: dict[str | None, tuple[str, set[str]]] = {
     "v11": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
     "v13": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
 }
+
+
+def has_chat(vocabulary: Vocabulary) -> bool:
+    """Whether a chat can be written with these tokens (whether the model has learnt to chat, no file says)."""
+    return vocabulary.chat_version in _VERSIONS and _VERSIONS[vocabulary.chat_version][1] <= vocabulary.controls.keys()
+
+
+def has_tools(vocabulary: Vocabulary) -> bool:
+    """Whether there are tokens for tools and their calls."""
+    return has_chat(vocabulary) and vocabulary.controls.keys() >= TOOL_CONTROLS
 
 
 class ChatTemplate:
@@ -60,11 +70,8 @@ class ChatTemplate:
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
         from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
-        if not self._vocabulary.controls.keys() >= _TOOLS and (tools or any(t.calls or t.answers for t in turns)):
-            raise RequestError(
-                f"tools: the {self._vocabulary.kind} tokenizer has no tokens for them; use a model of v0.3 or later",
-                param="tools" if tools else "messages",
-            )
+        if tools or any(turn.calls or turn.answers for turn in turns):
+            require_tools(self._vocabulary, "tools" if tools else "messages")
         offered = [Tool(function=Function(**function)) for function in tools]
         request = ChatCompletionRequest(messages=self._messages(turns), tools=offered or None)
         try:

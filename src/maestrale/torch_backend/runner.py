@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -14,6 +14,7 @@ from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
+from maestrale.torch_backend.watch import Watch
 
 
 class TorchRunner:
@@ -35,9 +36,10 @@ class TorchRunner:
         tokens_T, positions_T, rows_N = (
             torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
         )
-        with _memory_errors():
+        watch = Watch(self.model) if batch.experts and self.model.config.moe else None
+        with _memory_errors(), watch or nullcontext():
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
-            return StepOutput(logits_NV.cpu().numpy())
+            return StepOutput(logits_NV.cpu().numpy(), watch.experts(rows_N) if watch else None)
 
 
 @contextmanager

@@ -1,0 +1,198 @@
+"""What a client may send, field by field: types here, strictly; ranges in SamplingParams and the tokenizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from maestrale.sampling.params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams, limits
+from maestrale.serve.problems import bad_request
+
+MAX_PROMPTS = 1024  # in one request, each of the n counted
+_WHOLE_CONTEXT = 2**31 - 1
+
+# Fields that SamplingParams has under the same name and with the same meaning.
+_SAME = (
+    *("temperature", "top_p", "min_p", "n", "stop", "min_tokens", "ignore_eos"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+_ROLES = ["system", "developer", "user", "assistant", "tool"]
+_TEXT_PARTS = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}}}
+# What a message is, read_messages (text/chat.py) says; this is its description.
+Message = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "type": "object",
+            "required": ["role", "content"],
+            "properties": {
+                "role": {"enum": _ROLES},
+                "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PARTS}]},
+            },
+        }
+    ),
+]
+
+
+def _ranged(name: str) -> Any:
+    low, high = limits(name)
+    return Field(None, json_schema_extra={"minimum": low, "maximum": high})
+
+
+class Body(BaseModel):
+    """A JSON object; unknown fields are kept aside, to be named in a header."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = None
+
+
+class Sampling(Body):
+    """The fields that chats and completions share."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(None, json_schema_extra={"minimum": 1, "maximum": limits("max_tokens")[1]})
+    temperature: float | None = _ranged("temperature")
+    top_p: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
+    top_k: int | None = Field(None, json_schema_extra={"minimum": -1, "maximum": limits("top_k")[1]})
+    min_p: float | None = _ranged("min_p")
+    n: int | None = _ranged("n")
+    seed: int | None = _ranged("seed")
+    random_seed: int | None = _ranged("seed")
+    stop: str | list[str] | None = Field(None, json_schema_extra={"maxLength": MAX_STOP_LENGTH, "maxItems": MAX_STOPS})
+    presence_penalty: float | None = _ranged("presence_penalty")
+    frequency_penalty: float | None = _ranged("frequency_penalty")
+    repetition_penalty: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 10})
+    logit_bias: dict[str, float] | None = Field(None, description="token id → -100 to 100")
+    min_tokens: int | None = Field(None, json_schema_extra={"minimum": 0})
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    model_view: bool | None = Field(None, description="Also tell experts and the cache's filling: docs/chat.md")
+    user: str | None = None
+
+    @property
+    def with_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def params(self, default_max_tokens: int | None, **more: Any) -> SamplingParams:
+        """The sampling that is asked for. default_max_tokens: None is all that the context holds."""
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options: only with stream = true", "stream_options")
+        if self.seed is not None and self.random_seed is not None and self.seed != self.random_seed:
+            raise bad_request(f"seed = {self.seed}, random_seed = {self.random_seed}: two names of one thing", "seed")
+        given: dict[str, Any] = {
+            "max_tokens": self._max_tokens(default_max_tokens),
+            "seed": self.random_seed if self.seed is None else self.seed,
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "logit_bias": None if self.logit_bias is None else dict(map(_bias, self.logit_bias.items())),
+        }
+        given |= {name: getattr(self, name) for name in _SAME} | {"experts": self.model_view} | more
+        return SamplingParams(**{name: value for name, value in given.items() if value is not None})
+
+    def _max_tokens(self, default: int | None) -> int:
+        return _positive("max_tokens", self.max_tokens, default)
+
+
+class ChatRequest(Sampling):
+    messages: list[Message] = Field(json_schema_extra={"minItems": 1})
+    max_completion_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    logprobs: bool | None = None
+    top_logprobs: int | None = _ranged("logprobs")
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: Any = None
+
+    def _max_tokens(self, default: int | None) -> int:
+        newer = self.max_completion_tokens
+        if newer is not None and self.max_tokens not in (None, newer):
+            raise bad_request("max_tokens and max_completion_tokens differ: two names of one thing", "max_tokens")
+        return super()._max_tokens(default) if newer is None else _positive("max_completion_tokens", newer, default)
+
+    def chat_params(self) -> SamplingParams:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise bad_request("top_logprobs: only with logprobs = true", "top_logprobs")
+        if self.tools or self.tool_choice not in (None, "none", "auto"):
+            raise bad_request("tools are not served yet", "tools" if self.tools else "tool_choice")
+        if self.response_format not in (None, {"type": "text"}):
+            raise bad_request("response_format: only text is served yet", "response_format")
+        _at_most("top_logprobs", self.top_logprobs, *limits("logprobs"))
+        return self.params(None, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+class CompletionRequest(Sampling):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = _ranged("logprobs")
+    best_of: int | None = Field(None, json_schema_extra={"minimum": 1})
+    suffix: str | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One text or list of token ids for each prompt."""
+        one = isinstance(self.prompt, str) or (len(self.prompt) > 0 and isinstance(self.prompt[0], int))
+        prompts: Any = [self.prompt] if one else self.prompt
+        if not prompts:
+            raise bad_request("prompt: an empty list", "prompt")
+        if len(prompts) * max(self.n or 1, 1) > MAX_PROMPTS:
+            raise bad_request(f"{len(prompts)} prompts, n = {self.n or 1}: at most {MAX_PROMPTS} answers", "prompt")
+        return prompts
+
+    def completion_params(self) -> SamplingParams:
+        if self.best_of not in (None, self.n or 1):
+            raise bad_request(f"best_of = {self.best_of}: only best_of = n is served", "best_of")
+        if self.suffix:
+            raise bad_request("suffix: send it to /v1/fim/completions", "suffix")
+        return self.params(16, logprobs=self.logprobs, prompt_logprobs=self.logprobs if self.echo else None)
+
+
+class FimRequest(Sampling):
+    """Fill in the middle: what stands between prompt and suffix."""
+
+    prompt: str
+    suffix: str | None = None
+
+
+class EmbeddingsRequest(Body):
+    input: str | list[str] | list[int] | list[list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
+class TokenizeRequest(Body):
+    """Either prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+def _positive(name: str, value: int | None, default: int | None) -> int:
+    if value is not None and value < 1:
+        raise bad_request(f"{name} = {value}: expected a whole number of at least 1", name)
+    return (default or _WHOLE_CONTEXT) if value is None else value
+
+
+def _at_most(name: str, value: int | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise bad_request(f"{name} = {value}: expected a whole number from {low:g} to {high:g}", name)
+
+
+def _bias(item: tuple[str, float]) -> tuple[int, float]:
+    key, value = item
+    if not (key.isascii() and key.isdecimal() and len(key) < 19):
+        raise bad_request(f"logit_bias has the key {key[:80]!r}: expected a token id", "logit_bias")
+    return int(key), value

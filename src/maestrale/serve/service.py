@@ -1,0 +1,297 @@
+"""The engine in a thread of its own: jobs go in as commands, pieces of text come out to the event loop.
+
+The event loop never waits for the engine, the engine never for a client. Two threads, two rules: `Job._requests` and
+the model belong to the engine's thread; everything else of a job belongs to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+from maestrale.errors import RequestError
+from maestrale.llm import LLM, Completion, Request
+from maestrale.sampling.params import SamplingParams
+from maestrale.serve.metrics import Metrics
+from maestrale.serve.problems import ApiError, as_api_error
+
+log = logging.getLogger("maestrale.serve")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One prompt of a job. reply: the text begins anew, as a chat's answer does."""
+
+    ids: Sequence[int]
+    params: SamplingParams
+    reply: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step adds to a prompt's continuation; number: which prompt of the job."""
+
+    number: int
+    completion: Completion
+
+
+class Job:
+    """The work of one HTTP request. streaming: whether pieces are wanted as they come, or the whole at the end."""
+
+    def __init__(self, work: Sequence[Work], streaming: bool, accepted: asyncio.Future[None]):
+        self.work, self.streaming, self.accepted = work, streaming, accepted
+        self.began = time.monotonic()
+        self.last: float | None = None  # when its last piece came
+        self.started = self.ended = False
+        self.error: ApiError | None = None
+        self._arrived: list[Piece] = []
+        self._news = asyncio.Event()
+        self._requests: list[Request] = []
+
+    async def pieces(self, patience: float) -> AsyncIterator[list[Piece]]:
+        """All that has arrived since the last time, again and again; [] after `patience` seconds of silence.
+
+        Raises the ApiError that ended the job, after the pieces that came before it.
+        """
+        while self._arrived or not self.ended:
+            if not self._arrived:
+                self._news.clear()
+                try:
+                    async with asyncio.timeout(patience):
+                        await self._news.wait()
+                except TimeoutError:
+                    yield []
+            arrived, self._arrived = self._arrived, []
+            if arrived:
+                yield arrived
+        if self.error is not None:
+            raise self.error
+
+    async def completions(self) -> list[list[Completion]]:
+        """When all is done: for each prompt its n completions, in order. Raises the ApiError that ended the job."""
+        while not self.ended:
+            self._news.clear()
+            await self._news.wait()
+        if self.error is not None:
+            raise self.error
+        return [sorted(request.completions, key=lambda completion: completion.index) for request in self._requests]
+
+
+class Service:
+    """Runs jobs on a model. Made and used on the event loop; `start` starts the thread, `stop` ends it."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        metrics: Metrics,
+        *,
+        max_queue: int,
+        max_unread: int,
+        timeout: float,
+        on_death: Callable[[], None] = lambda: None,
+    ):
+        self.metrics = metrics
+        self.draining = False
+        self.alive = True
+        self._llm, self._on_death = llm, on_death
+        self._max_queue, self._max_unread, self._timeout = max_queue, max_unread, timeout
+        self._jobs: dict[Job, asyncio.TimerHandle] = {}
+        self._commands: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
+        self._owners: dict[Request, tuple[Job, int]] = {}  # the engine's thread only
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the step it is in. Jobs that are open get no more."""
+        self._commands.put(("stop", None))
+        self._thread.join()
+
+    @property
+    def open_jobs(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def queued(self) -> int:
+        return sum(not job.started for job in self._jobs)
+
+    @asynccontextmanager
+    async def job(self, work: Sequence[Work], streaming: bool) -> AsyncIterator[Job]:
+        """A job that the engine has accepted; however it is left, nothing of it stays in the engine.
+
+        Raises RequestError where a prompt cannot be served (then none is), ApiError 429 where the queue is full and
+        503 where the server is shutting down.
+        """
+        job = self._submit(work, streaming)
+        try:
+            await job.accepted
+            yield job
+        finally:
+            self._close(job, "cancelled")
+
+    def fail_all(self, error: ApiError) -> None:
+        for job in list(self._jobs):
+            self._fail(job, error)
+
+    # On the loop
+
+    def _submit(self, work: Sequence[Work], streaming: bool) -> Job:
+        if self.draining or not self.alive:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
+        if self.queued >= self._max_queue:
+            self.metrics.outcomes.labels("rejected").inc()
+            raise ApiError(
+                429, f"{self.queued} requests are waiting already: try again later", code="queue_full", retry_after=1
+            )
+        job = Job(work, streaming, self._loop.create_future())
+        self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
+        self._commands.put(("submit", job))
+        return job
+
+    def _expire(self, job: Job) -> None:
+        self._fail(job, ApiError(408, f"not done within {self._timeout:g} s: the request was cancelled"), "timeout")
+
+    def _fail(self, job: Job, error: ApiError, outcome: str = "error") -> None:
+        if not job.ended:
+            job.error = error
+            self._close(job, outcome)
+
+    def _close(self, job: Job, outcome: str) -> None:
+        """Ends a job, once: whoever waits for it is woken, the engine forgets it."""
+        if job.ended:
+            return
+        job.ended = True
+        self._jobs.pop(job).cancel()
+        if outcome != "done":
+            self._commands.put(("abort", job))
+        self.metrics.outcomes.labels(outcome).inc()
+        if not job.accepted.done():
+            job.accepted.set_exception(job.error) if job.error else job.accepted.cancel()
+        job._news.set()
+
+    def _accept(self, job: Job, error: RequestError | None) -> None:
+        if job.accepted.done():
+            return
+        if error is None:
+            job.accepted.set_result(None)
+            return
+        job.accepted.set_exception(error)
+        self._close(job, "refused")
+
+    def _deliver(
+        self, when: float, news: list[tuple[Job, list[Piece]]], ends: list[tuple[Job, ApiError | None]]
+    ) -> None:
+        """What one step has brought."""
+        for job, pieces in news:
+            if job.ended:
+                continue
+            self.metrics.observe(job, when, pieces)
+            if not job.streaming:
+                continue
+            job._arrived += pieces
+            job._news.set()
+            if len(job._arrived) > self._max_unread:
+                self._fail(job, ApiError(408, f"{len(job._arrived)} pieces are unread: read faster"), "slow reader")
+        for job, error in ends:
+            if error is not None:
+                self._fail(job, error)
+            elif not job.ended:
+                self._close(job, "done")
+
+    def _died(self) -> None:
+        self.alive = False
+        self.fail_all(ApiError(500, "the engine has stopped", code="engine_stopped"))
+        self._on_death()
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._step()
+        except BaseException:  # a fault of our own: say so, and let the supervisor start anew
+            log.critical("the engine's thread has ended", exc_info=True)
+            self._loop.call_soon_threadsafe(self._died)
+
+    def _obey(self) -> bool:
+        """Carries out all commands that are there; waits for one where nothing else is to be done. False: stop."""
+        while not self._commands.empty() or not self._llm.has_work:
+            command, job = self._commands.get()
+            if job is None:
+                return False
+            if command == "submit":
+                self._begin(job)
+            else:
+                self._forget(job)
+        return True
+
+    def _begin(self, job: Job) -> None:
+        problem = None
+        try:
+            for number, work in enumerate(job.work):
+                request = self._llm.submit(work.ids, work.params, reply=work.reply)
+                job._requests.append(request)
+                self._owners[request] = job, number
+        except RequestError as error:
+            self._forget(job)
+            problem = error
+        except Exception as error:
+            log.exception("a request could not be begun")
+            self._forget(job)
+            self._loop.call_soon_threadsafe(self._fail, job, as_api_error(error))
+            return
+        self._loop.call_soon_threadsafe(self._accept, job, problem)
+
+    def _forget(self, job: Job) -> None:
+        for request in job._requests:
+            self._llm.abort(request)
+            self._owners.pop(request, None)
+
+    def _step(self) -> None:
+        try:
+            news = self._llm.step()
+        except Exception as error:
+            self._step_failed(error)
+            return
+        by_job: dict[Job, list[Piece]] = {}
+        for request, completion in news:
+            job, number = self._owners[request]
+            if (
+                request.params.prompt_logprobs is not None
+            ):  # complete before the first piece; the engine tells at the end
+                completion.prompt_logprobs = request.prompt_logprobs
+                completion.prompt_top_logprobs = request.prompt_top_logprobs
+            by_job.setdefault(job, []).append(Piece(number, completion))
+        ends: list[tuple[Job, ApiError | None]] = []
+        for request in [request for request in self._owners if request.finished]:
+            if request not in self._owners:
+                continue  # of a job that has just failed
+            job, _ = self._owners.pop(request)
+            if request.error is not None:
+                log.warning("a request failed in the engine: %s", request.error)
+                self._forget(job)
+                ends.append((job, as_api_error(request.error)))
+            elif all(request.finished for request in job._requests):
+                ends.append((job, None))
+        for request, (job, _) in self._owners.items():
+            if not job.started and request.done:
+                job.started = True
+        if by_job or ends:
+            self._loop.call_soon_threadsafe(self._deliver, time.monotonic(), list(by_job.items()), ends)
+
+    def _step_failed(self, error: Exception) -> None:
+        """The engine has undone the step; those that took part in it, or in one before, fail, the others go on."""
+        log.error("a step failed", exc_info=error)
+        self.metrics.failed_steps.inc()
+        jobs = list({job for job, _ in self._owners.values()})
+        for job in [job for job in jobs if job.started] or jobs:
+            self._forget(job)
+            self._loop.call_soon_threadsafe(self._fail, job, as_api_error(error))
