@@ -54,6 +54,7 @@ class Batch:
     copies: for each kind, int64 [n, 2] pages (from, to) to copy before anything is written (copy on write).
     logit_rows: int64 [N], the rows of T whose logits are wanted.
     experts: whether it is also wanted which experts those rows went through.
+    adapters: int64 [B], the number of each sequence's adapter, -1 for none; None where no sequence has one.
     """
 
     token_ids: NDArray[np.int64]
@@ -63,6 +64,7 @@ class Batch:
     copies: tuple[NDArray[np.int64], ...]
     logit_rows: NDArray[np.int64]
     experts: bool = False
+    adapters: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)

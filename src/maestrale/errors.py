@@ -39,6 +39,12 @@ class CheckpointError(MaestraleError):
     exit_code = 3
 
 
+class DataError(MaestraleError):
+    """Training data with lines that cannot be used; the message names them."""
+
+    exit_code = 3
+
+
 class MemoryLimitError(MaestraleError):
     """Something does not fit into memory; the message says what would."""
 

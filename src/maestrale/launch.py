@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from maestrale.batch import CacheLayout, Runner
+from maestrale.checkpoint.adapter import open_adapter
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
@@ -56,6 +57,7 @@ class Options:
     tensor: int | None = None
     expert: int = 1
     timeout: float = 120.0  # seconds, of a rank that should answer
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,16 @@ def launch(
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     _check(options)
     link = _link(options)
+    if link is not None and options.adapters:
+        raise UsageError("adapters do not run over several ranks: merge the adapter into its model first")
     together = link.agree if link else _alone
     with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
-        backend, device = _backend(options if link is None else replace(options, backend="torch"))
+        backend, device = _backend(
+            options if link is None and not options.adapters else replace(options, backend="torch")
+        )
+        adapters = [open_adapter(place, config) for place in options.adapters.values()]
         dtype, weights = _formats(options, backend, checkpoint)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
         tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
@@ -150,8 +157,16 @@ def launch(
         else:
             from maestrale.torch_backend.runner import open_runner as open_torch
 
-            runner = open_torch(checkpoint, layout_for(cache_budget(memory, weight_bytes)), dtype, device, progress)
-    engine = Engine(runner, config.vocab_size, tokenizer, options.max_sequences, prefix_cache=options.prefix_cache)
+            layout = layout_for(cache_budget(memory, weight_bytes))
+            runner = open_torch(checkpoint, layout, dtype, device, progress, adapters)
+    engine = Engine(
+        runner,
+        config.vocab_size,
+        tokenizer,
+        options.max_sequences,
+        list(options.adapters),
+        prefix_cache=options.prefix_cache,
+    )
     return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes)
 
 

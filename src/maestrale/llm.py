@@ -48,6 +48,8 @@ class LLM:
     num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
         None is what the number of ranks leaves. On other ranks than 0 the call does not return.
     distributed_timeout: seconds after which a rank that should have answered counts as hanging.
+    adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
+    of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
     prefix_cache: keep the pages of what was computed, for prompts that begin alike; text does not depend on it.
@@ -73,6 +75,7 @@ class LLM:
         tensor_parallel: int | None = None,
         expert_parallel: int = 1,
         distributed_timeout: float = 120.0,
+        adapters: Mapping[str, str | Path] | None = None,
         require_tokenizer: bool = False,
         threads: int | None = None,
         prefix_cache: bool = True,
@@ -93,6 +96,7 @@ class LLM:
             tensor=tensor_parallel,
             expert=expert_parallel,
             timeout=distributed_timeout,
+            adapters=adapters or {},
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
@@ -124,14 +128,16 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Completion]:
-        """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt.
+        """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt, and
+        likewise the name of an adapter.
 
         Returns the completions in the order of the prompts, n for each. RequestError for a request that cannot be
         served; then none is. `progress` is called with (tokens known to be done, most there can be), prompts included.
         """
-        requests = self._submit(*_pair(prompts, params))
+        requests = self._submit(*_pair(prompts, params), adapter=adapter)
         for _ in self._run(requests, progress):
             pass
         return [completion for request in requests for completion in _ordered(request)]
@@ -142,12 +148,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         reply: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Iterator[Completion]:
         """As `generate`, but yields what each step adds. `index` tells continuations apart: prompt i's n
         continuations have i * n to i * n + n - 1. reply: the text begins anew, as the answer in a chat does, and does
         not go on from the prompt's (no space between the two). A step that only reads on in the prompts yields an
         empty piece, so that a caller may stop there."""
-        requests = self._submit(*_pair(prompts, params), reply=reply)
+        requests = self._submit(*_pair(prompts, params), reply=reply, adapter=adapter)
         first = dict(zip(requests, np.cumsum([0] + [r.params.n for r in requests]).tolist(), strict=False))
         for request, piece in self._run(requests):
             piece.index += first[request]
@@ -160,19 +167,21 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: str | Mapping[str, Any] | None = None,
         parallel_tool_calls: bool = True,
+        *,
+        adapter: str | None = None,
     ) -> Completion:
         """The assistant's answer to OpenAI-style messages, in the model's own chat form.
 
         With tools its `tool_calls` are those that it makes; each fits its function's schema, unless the answer was
         cut off (finish_reason "length"). tool_choice: "auto", "none", "required", or {"type": "function", "function":
-        {"name": …}}.
+        {"name": …}}. adapter: the name of the one to go through.
         """
         ids, params = self.tokenizer.encode_chat(messages, tools), params or SamplingParams()
         if tools or tool_choice:
             content = read_constraint(params.constraint)
             constraint = self.tokenizer.tool_constraint(tools, tool_choice, parallel_tool_calls, content)
             params = replace(params, constraint=constraint)
-        (request,) = requests = self._submit([ids], [params], reply=True)
+        (request,) = requests = self._submit([ids], [params], reply=True, adapter=adapter)
         for _ in self._run(requests):
             pass
         answer = _ordered(request)[0]
@@ -184,7 +193,11 @@ class LLM:
         return answer
 
     def logits(
-        self, list_of_token_ids: Sequence[Sequence[int]], chunk_size: int | None = None
+        self,
+        list_of_token_ids: Sequence[Sequence[int]],
+        chunk_size: int | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Float32 [n_tokens, vocab] for each sequence: row i scores what follows token i.
 
@@ -193,7 +206,8 @@ class LLM:
         if chunk_size is not None and chunk_size < 1:
             raise RequestError(f"chunk_size = {chunk_size}: expected a whole number of at least 1", "chunk_size")
         score = SamplingParams(max_tokens=0)
-        requests = self._submit(list_of_token_ids, [score] * len(list_of_token_ids), chunk_size, keep_logits=True)
+        scores = [score] * len(list_of_token_ids)
+        requests = self._submit(list_of_token_ids, scores, chunk_size, keep_logits=True, adapter=adapter)
         for _ in self._run(requests):
             pass
         return [np.stack(request.logits or []) for request in requests]
@@ -240,13 +254,19 @@ class LLM:
         chunk_size: int | None = None,
         keep_logits: bool = False,
         reply: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")
         requests: list[Request] = []
         try:
-            for prompt, asked in zip(prompts, params, strict=True):
+            for prompt, asked, name in zip(prompts, params, adapters, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
                 requests.append(
-                    self._engine.submit(ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply)
+                    self._engine.submit(
+                        ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
+                    )
                 )
         except BaseException:
             self._abort(requests)

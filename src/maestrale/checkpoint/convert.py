@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maestrale.checkpoint import hf, mistral
+from maestrale.checkpoint.adapter import Adapter, open_adapter
 from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import STORAGE, TORCH_NAMES, StoredTensor, byte_count, cast, is_finite, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
@@ -26,10 +27,12 @@ def convert(
     force: bool = False,
     ignore_unexpected: bool = False,
     progress: Progress | None = None,
+    adapter: str | Path | None = None,
 ) -> None:
     """Writes the model in folder `src` to folder `dst`, as "native" or "hf", with its tokenizer's files.
 
     dtype: of all weights, as `read_dtype` reads it; "auto" keeps each tensor's own.
+    adapter: the path of one to merge into the weights.
     progress(bytes done, bytes in all) is called after each tensor.
     Errors: UsageError for a wrong option or an output that is in the way, CheckpointError for a damaged source or
     weights with NaN or Inf, DiskError for the disk. `dst` is written whole or not at all; `src` is only read.
@@ -40,13 +43,18 @@ def convert(
     if os.path.realpath(src) == os.path.realpath(dst):
         raise UsageError(f"{dst}: is the source too; name another folder for the output")
     with open_checkpoint(src, ignore_unexpected) as source, atomic_folder(dst, force) as partial:
-        _Conversion(source, to, wanted, progress).write(partial)
+        merged = None if adapter is None else open_adapter(adapter, source.config)
+        if merged is not None and source.config.tied_embeddings and "output" in merged.deltas:
+            raise UsageError(f"{adapter}: changes the output layer, which this model shares with its embeddings")
+        _Conversion(source, to, wanted, progress, merged).write(partial)
         source.verify_unchanged()
 
 
 class _Conversion:
-    def __init__(self, source: Checkpoint, to: str, dtype: str | None, progress: Progress | None):
-        self.source, self.to, self.progress = source, to, progress
+    def __init__(
+        self, source: Checkpoint, to: str, dtype: str | None, progress: Progress | None, adapter: Adapter | None
+    ):
+        self.source, self.to, self.progress, self.adapter = source, to, progress, adapter
         self.shapes = {name: plan.shape for name, plan in tensor_plan(source.config).items()}
         # Values of a quantized weight are products in fp32; kept as such they would take eight times its bytes.
         own = {name: source.dtype if source.quantized else source.stored_dtype(name) for name in self.shapes}
@@ -110,7 +118,10 @@ class _Conversion:
 
     def _tensors(self, names: list[str]) -> Iterator[StoredTensor]:
         for name in names:
-            tensor = cast(self.source.tensor(name), self.dtypes[name])
+            tensor = self.source.tensor(name)
+            if self.adapter is not None:
+                tensor = self.adapter.merge(name, tensor, self.dtypes[name])
+            tensor = cast(tensor, self.dtypes[name])
             if not is_finite(tensor):  # a cast keeps NaN and Inf, and may make Inf
                 self.bad.append(name)
             if self.to == "hf" and hf.has_permuted_rows(name):

@@ -19,11 +19,14 @@ import maestrale
 from maestrale.cli.bench import bench
 from maestrale.cli.chat import chat
 from maestrale.cli.convert import convert
+from maestrale.cli.data import data
 from maestrale.cli.demo import demo
 from maestrale.cli.evaluate import evaluate
+from maestrale.cli.finetune import finetune
 from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
+from maestrale.cli.merge import merge
 from maestrale.cli.quantize import quantize
 from maestrale.cli.serve import serve
 from maestrale.cli.train import train
@@ -39,7 +42,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "convert": convert,
     "quantize": quantize,
+    "data": data,
+    "merge": merge,
     "train": train,
+    "finetune": finetune,
     "bench": bench,
 }
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -82,6 +82,7 @@ def generate(
     max_len: opt.MaxLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
+    adapter: opt.Adapter = None,
     json: opt.Json = False,
 ) -> None:
     """Continue prompts, all in one batch. One prompt is streamed; several are printed in order.
@@ -126,16 +127,18 @@ def generate(
         max_len=max_len,
         max_batch_tokens=max_batch_tokens,
         ignore_unexpected=ignore_unexpected,
+        adapters={"adapter": adapter} if adapter else None,
     )
+    name = "adapter" if adapter else None
     if len(texts) == 1 and n == 1 and not json:
         before = texts[0]  # shown with the first piece: a prompt that is refused is not shown
-        for piece in llm.stream(texts[0], params):
+        for piece in llm.stream(texts[0], params, adapter=name):
             print(before + piece.text, end="", flush=True)
             before = ""
         print()
         return
     with opt.progress_line("generating") as progress:
-        completions = llm.generate(texts, params, progress=progress)
+        completions = llm.generate(texts, params, adapter=name, progress=progress)
     for i, completion in enumerate(completions):
         if json:
             print(jsonlib.dumps(as_json(texts[i // n], completion), ensure_ascii=False))

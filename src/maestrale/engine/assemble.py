@@ -20,6 +20,7 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
         positions += range(begin, begin + count)
         logit_rows += range(rows.start + shift, rows.stop + shift)
         starts.append(starts[-1] + count)
+    adapters = [sequence.request.adapter for sequence, _ in schedule.work]
     tables = [sequence.table for sequence, _ in schedule.work if sequence.table is not None]
     return Batch(
         token_ids=np.array(token_ids, np.int64),
@@ -32,4 +33,5 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
         ),
         logit_rows=np.array(logit_rows, np.int64),
         experts=any(sequence.request.params.experts for sequence, _ in schedule.work),
+        adapters=np.array(adapters, np.int64) if max(adapters) >= 0 else None,
     )

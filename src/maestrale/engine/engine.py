@@ -27,7 +27,8 @@ from maestrale.text.tokenizer import Tokenizer
 class Engine:
     """Drives one runner. `submit` queues a request, `step` does one batch and gives what is new in it.
 
-    prefix_cache: whether a prompt may begin on the pages of an earlier one that began alike.
+    prefix_cache: whether a prompt may begin on the pages of an earlier one that began alike. adapters: the names of the
+    runner's, in its order.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Engine:
         vocab_size: int,
         tokenizer: Tokenizer | None,
         max_sequences: int,
+        adapters: Items[str] = (),
         *,
         prefix_cache: bool = True,
     ):
-        self.runner, self.vocab_size, self.tokenizer = runner, vocab_size, tokenizer
+        self.runner, self.vocab_size, self.tokenizer, self.adapters = runner, vocab_size, tokenizer, tuple(adapters)
         self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
         self.pages = Pages(runner.layout)
         self.prefixes = PrefixCache(self.pages, prefix_cache)
@@ -55,12 +57,14 @@ class Engine:
         keep_logits: bool = False,
         reply: bool = False,
         namespace: str = "",
+        adapter: str | None = None,
     ) -> Request:
         """Queues a prompt of token ids. RequestError where it cannot be served, with the offending `param`.
 
         chunk_size: the most prompt tokens to compute in a step. keep_logits: keep every row of logits.
         reply: the completion's text begins anew, as a chat's answer does, and does not go on from the prompt's: no
-        space between the two is part of it. namespace: who may share cached pages with it: requests of the same one.
+        space between the two is part of it. namespace: who may share cached pages with it: requests of the same one
+        and the same adapter. adapter: the name of the one to go through; None is the model alone.
         """
         layout = self.runner.layout
         self._check_prompt(prompt, params)
@@ -72,7 +76,8 @@ class Engine:
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
             reply=reply,
-            namespace=namespace,
+            namespace=f"{adapter}/{namespace}",
+            adapter=self._adapter(adapter),
         )
         self._check_width(request)
         self._prepare(request.sequences[0])
@@ -145,6 +150,14 @@ class Engine:
             if sequence.table is not None:
                 self.pages.withdraw(sequence.table)  # nobody builds on what it computed
         self.abort(request)
+
+    def _adapter(self, name: str | None) -> int:
+        if name is None:
+            return -1
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise RequestError(f"adapter {name!r}: no such adapter is loaded; there are {known}", param="adapter")
+        return self.adapters.index(name)
 
     def _check_prompt(self, prompt: Items[int], params: SamplingParams) -> None:
         if len(prompt) == 0:

@@ -103,7 +103,7 @@ class Request:
     It begins as one sequence. When the prompt is computed it becomes n of them (or a beam's width) on the same pages.
     text_before: the ids whose text a completion goes on from. seed: the one sampling uses.
     length_limit: known tokens at which a sequence ends. chunk: most tokens a step. namespace: cached pages are shared
-    only with requests of the same one.
+    only with requests of the same one. adapter: its number, -1 for none.
     """
 
     def __init__(
@@ -117,8 +117,9 @@ class Request:
         keep_logits: bool = False,
         reply: bool = False,
         namespace: str = "",
+        adapter: int = -1,
     ):
-        self.prompt, self.params = list(prompt), params
+        self.prompt, self.params, self.adapter = list(prompt), params, adapter
         self.text_before: list[int] = [] if reply else self.prompt
         self.seed, self.length_limit, self.chunk = seed, length_limit, chunk
         self.namespace = namespace

@@ -110,10 +110,20 @@ class Tokenizer:
         last message is continued if its "prefix" is true. RequestError for an impossible chat (`param` "messages"
         or "tools"), and where the tokenizer has no chat form or no tokens for tools.
         """
-        turns, functions = read_messages(messages), read_tools(tools)
+        return self._chat().encode(read_messages(messages), read_tools(tools))
+
+    def encode_conversation(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[float]]:
+        """(ids, weights) of a finished chat to learn from, by the same template: an id's weight is that of the
+        assistant's message that it stands in (its `weight`, 1 where it has none), its end-of-sequence token included,
+        and 0 outside. RequestError as for `encode_chat`, and where the last message is not the assistant's."""
+        return self._chat().encode_finished(read_messages(messages, finished=True), read_tools(tools))
+
+    def _chat(self) -> ChatTemplate:
         if self._template is None:
             self._template = ChatTemplate(self._vocabulary)
-        return self._template.encode(turns, functions)
+        return self._template
 
     def tool_constraint(
         self,

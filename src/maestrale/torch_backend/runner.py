@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
+from maestrale.checkpoint.adapter import Adapter
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.errors import MemoryLimitError
+from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
@@ -18,10 +20,13 @@ from maestrale.torch_backend.watch import Watch
 
 
 class TorchRunner:
-    """A model and its cache on one device."""
+    """A model, its cache and its adapters on one device."""
 
-    def __init__(self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend):
+    def __init__(
+        self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend, adapters: Sequence[Adapter] = ()
+    ):
         weight = model.norm.weight
+        self.adapters = Adapters(model, adapters) if adapters else None
         self.model, self._layout = model, layout
         with _memory_errors():
             self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
@@ -36,6 +41,8 @@ class TorchRunner:
         tokens_T, positions_T, rows_N = (
             torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
         )
+        if self.adapters is not None:
+            self.adapters.begin(batch, device)
         watch = Watch(self.model) if batch.experts and self.model.config.moe else None
         with _memory_errors(), watch or nullcontext():
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
@@ -61,6 +68,8 @@ def open_runner(
     dtype: str,
     device: str,
     progress: Callable[[int, int], None],
+    adapters: Sequence[Adapter] = (),
 ) -> TorchRunner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16")."""
-    return TorchRunner(load_model(checkpoint, DTYPES[dtype], torch.device(device), progress), layout)
+    model = load_model(checkpoint, DTYPES[dtype], torch.device(device), progress)
+    return TorchRunner(model, layout, adapters=adapters)
