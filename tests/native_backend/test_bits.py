@@ -38,7 +38,7 @@ def engine(folder: Path, isa: str, weights: str, threads: int, max_chunk: int = 
         rings = tuple(-(-tokens // 16) for tokens in kept)
         layout = CacheLayout(16, MAX_LEN, max_chunk, windows, rings, tuple(pages or 8 * ring for ring in rings))
         model = load_model(checkpoint, layout, weights, half=weights != "f32", threads=threads, isa=isa)
-        return Engine(NativeRunner(model, layout, checkpoint.config.vocab_size), checkpoint.config.vocab_size, None, 8)
+        return Engine(NativeRunner(model, layout, checkpoint.config), checkpoint.config.vocab_size, None, 8)
 
 
 def logits(engine: Engine, prompts, chunks) -> list[np.ndarray]:
