@@ -195,24 +195,21 @@ def _backend(options: Options) -> tuple[str, str]:
     """
     from maestrale.native_backend.kernels import missing
 
-    torch = find_spec("torch") is not None
+    torch, no_kernels = find_spec("torch") is not None, missing()
     on_cpu, quantized = options.device in ("auto", "cpu"), options.weights in ("int8", "int4")
     float16 = read_dtype(options.dtype, "") == "F16"
-    backend = options.backend
-    if backend == "auto" and torch and not quantized and (float16 or not on_cpu or missing() is not None):
-        backend = "torch"
-    if backend == "auto" and torch and not quantized and options.device == "auto" and _may_have_gpu():
-        if (device := _torch_device("auto")) != "cpu":
-            return "torch", device
-    if backend == "torch":
-        if not torch:
-            raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
-        if quantized:
-            raise UsageError(f"weights {options.weights}: the torch backend does not quantize; take backend native")
-        return "torch", _torch_device(options.device)
-    if (reason := missing()) is not None:
-        also = "" if torch else "; or run  pip install 'maestrale[torch]'"
-        raise UsageError(reason + also)
+    if options.backend == "torch" and not torch:
+        raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
+    if options.backend == "torch" and quantized:
+        raise UsageError(f"weights {options.weights}: the torch backend does not quantize; take backend native")
+    if options.backend == "torch" or (options.backend == "auto" and torch and not quantized):
+        asked = options.backend == "torch" or float16 or not on_cpu or no_kernels is not None
+        if asked or (options.device == "auto" and _may_have_gpu()):
+            device = _torch_device(options.device)
+            if asked or device != "cpu":
+                return "torch", device
+    if no_kernels is not None:
+        raise UsageError(no_kernels + ("" if torch else "; or run  pip install 'maestrale[torch]'"))
     if not on_cpu or float16:
         what = "dtype float16" if on_cpu else f"device {options.device}"
         remedy = "take backend torch" if torch else "run  pip install 'maestrale[torch]'"
@@ -227,11 +224,11 @@ def _formats(options: Options, backend: str, checkpoint: Checkpoint) -> tuple[st
         return dtype, dtype
     stored = "F32" if checkpoint.dtype == "F32" and options.weights == "auto" else "BF16"
     dtype = read_dtype(options.dtype, stored)
-    held = {checkpoint.storage(name)[0] for name in checkpoint.names() if _is_packed(checkpoint, name)}
+    held = {checkpoint.storage(name)[0] for name in checkpoint.names() if checkpoint.is_packed(name)}
     if held and options.weights != "auto" and options.weights not in held:
         raise UsageError(
-            f"weights {options.weights}: {checkpoint.folder} holds {', '.join(sorted(held))} already; "
-            "quantize the folder that it was made from"
+            f"weights {options.weights}: {checkpoint.folder} holds {', '.join(sorted(held))} already: "
+            "leave weights out, or quantize the folder that it was made from"
         )
     return dtype, {"F32": "f32", "BF16": "bf16"}[dtype] if options.weights == "auto" else options.weights
 
@@ -299,15 +296,11 @@ def _tensor_bytes(checkpoint: Checkpoint, backend: str, dtype: str, weights: str
         return {name: byte_count(dtype, tensor.shape) for name, tensor in plan.items()}
     bits = dict.fromkeys(plan, _BITS["f32"])
     for name, tensor in plan.items():
-        if name == "tok_embeddings.weight" or _is_packed(checkpoint, name):
-            bits[name] = checkpoint.storage(name)[1] if hasattr(checkpoint, "storage") else 16
+        if name == "tok_embeddings.weight" or checkpoint.is_packed(name):
+            bits[name] = checkpoint.storage(name)[1]
         elif len(tensor.shape) == 2 and not name.endswith("gate.weight"):
             bits[name] = _BITS[weights]
     sizes = {name: tensor.size * bits[name] / 8 for name, tensor in plan.items()}
     if config.tied_embeddings:  # the head is packed besides
         sizes["output.weight"] = plan["tok_embeddings.weight"].size * _BITS[weights] / 8
     return sizes
-
-
-def _is_packed(checkpoint, name):
-    return hasattr(checkpoint, "storage") and checkpoint.storage(name)[0] in ("int8", "int4")

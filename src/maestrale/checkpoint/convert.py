@@ -38,7 +38,7 @@ def convert(
     weights with NaN or Inf, DiskError for the disk. `dst` is written whole or not at all; `src` is only read.
     """
     if to not in ("native", "hf"):
-        raise UsageError(f"to = {to!r}: expected native or hf")
+        raise UsageError(f"to = {to!r}: expected native, hf or gguf")
     wanted = None if dtype == "auto" else read_dtype(dtype, "")
     if os.path.realpath(src) == os.path.realpath(dst):
         raise UsageError(f"{dst}: is the source too; name another folder for the output")

@@ -15,9 +15,10 @@ from types import TracebackType
 
 from numpy.typing import NDArray
 
-from maestrale.checkpoint import packed_room
+from maestrale.checkpoint import gguf, packed_room
 from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, byte_count, is_finite
 from maestrale.checkpoint.folder import ROOMS, find_weights
+from maestrale.checkpoint.gguf_room import open_gguf
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.packed import PackedWeight, dequantize
 from maestrale.checkpoint.place import Part, Place, QuantizedPlace
@@ -34,8 +35,8 @@ Places = Mapping[str, Place | QuantizedPlace]
 class Checkpoint:
     """An open model folder. Tensors are given by canonical name, in native row order.
 
-    folder: its path. config: what it states. layout: a key of `ROOMS`. dtype: the one most weights have, to compute
-    in; BF16 where weights are stored quantized.
+    folder: its path, or the GGUF file's. config: what it states. layout: a key of `ROOMS`, or "gguf". dtype: the one
+    most weights have, to compute in; BF16 where weights are stored quantized.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, layout: str, files: list[TensorFile], places: Places):
@@ -73,13 +74,18 @@ class Checkpoint:
             bits[kind] += round(width * plan.size)
         return bits
 
+    def is_packed(self, name: str) -> bool:
+        """Whether `packed(name)` gives a weight, without reading it."""
+        place = self._places[name]
+        return isinstance(place, QuantizedPlace) and place.packs
+
     def packed(self, name: str) -> PackedWeight | None:
         """A weight that is stored quantized in a way that packing keeps exactly; None for any other.
 
         Of a packed folder its arrays are views of the file; then `release` must wait until they are done with.
         """
         place = self._places[name]
-        if not isinstance(place, QuantizedPlace) or not place.packs:
+        if not isinstance(place, QuantizedPlace) or not self.is_packed(name):
             return None
         weight = place.read(self._arrays(place))
         assert isinstance(weight, PackedWeight)
@@ -134,6 +140,8 @@ def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Chec
     """
     folder = Path(folder)
     layout, paths = find_weights(folder)
+    if layout == "gguf":
+        return _open_gguf(folder, next(iter(paths)), ignore_unexpected)
     room = ROOMS[layout]
     source = folder / room.CONFIG
     from_values = ModelConfig.from_hf if layout == "hf" else ModelConfig.from_mistral
@@ -144,14 +152,16 @@ def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Chec
         if absent := [name for name in names if name not in owner or owner[name].path != path]:
             raise CheckpointError(f"{path}: the index says that it holds {_listed(absent)}; it does not")
     places: Places = packed_room.places(config, files[0]) if layout == "packed" else room.places(config, owner)
-    _check_names(places, owner, source, room.IGNORED, config.tied_embeddings, ignore_unexpected)
-    for place in places.values():
-        if isinstance(place, QuantizedPlace):
-            for part in place.parts:
-                _check_part(part, owner[part.name])
-        else:
-            _check_entry(place, owner[place.name], config, room.CONFIG)
+    _check(places, owner, config, source, room.IGNORED, ignore_unexpected)
     return Checkpoint(folder, config, layout, files, places)
+
+
+def _open_gguf(folder: Path, path: Path, ignore_unexpected: bool) -> Checkpoint:
+    file = open_gguf(path)
+    config = gguf.read_config(file)
+    places = gguf.places(config, file)
+    _check(places, dict.fromkeys(file.entries, file), config, path, gguf.IGNORED, ignore_unexpected)
+    return Checkpoint(folder, config, "gguf", [file], places)
 
 
 def check_finite(checkpoint: Checkpoint) -> list[str]:
@@ -174,15 +184,32 @@ def _owners(files: list[TensorFile]) -> dict[str, TensorFile]:
     return owner
 
 
+def _check(
+    places: Places,
+    owner: Mapping[str, TensorFile],
+    config: ModelConfig,
+    source: Path,
+    ignored: re.Pattern[str],
+    ignore_unexpected: bool,
+) -> None:
+    """Every expected tensor is there, and no other, and each is what it should be. source: what describes the model."""
+    _check_names(places, owner, source, ignored, config.tied_embeddings, ignore_unexpected)
+    for place in places.values():
+        if isinstance(place, QuantizedPlace):
+            for part in place.parts:
+                _check_part(part, owner[part.name])
+        else:
+            _check_entry(place, owner[place.name], config, source.name)
+
+
 def _check_names(
     places: Places,
-    owner: dict[str, TensorFile],
+    owner: Mapping[str, TensorFile],
     source: Path,
     ignored: re.Pattern[str],
     tied: bool,
     ignore_unexpected: bool,
 ) -> None:
-    """Every expected tensor is there, and no other."""
     expected = dict.fromkeys(name for place in places.values() for name in _stored_names(place))
     missing = [name for name in expected if name not in owner]
     unexpected = [name for name in owner if name not in expected and not ignored.fullmatch(name)]

@@ -145,7 +145,7 @@ def write_safetensors(
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % alignment)
     done = 0
-    with _writing(path) as write:
+    with writing(path) as write:
         write(len(text).to_bytes(8, "little") + text)
         for (name, dtype, shape), tensor in zip(entries, tensors, strict=True):
             if (tensor.dtype, tensor.shape) != (dtype, shape):
@@ -158,12 +158,12 @@ def write_safetensors(
 
 def write_json(path: str | Path, value: Any) -> None:
     """Indented JSON with a newline at its end, as Hugging Face folders have it."""
-    with _writing(path) as write:
+    with writing(path) as write:
         write((json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
-    with open(source, "rb") as file, _writing(path) as write:
+    with open(source, "rb") as file, writing(path) as write:
         while block := file.read(_BLOCK):
             write(block)
 
@@ -199,7 +199,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def _writing(path: str | Path) -> Iterator[Callable[[Any], None]]:
+def writing(path: str | Path) -> Iterator[Callable[[Any], None]]:
     """A function that appends a buffer to `path`, made empty first; on disk when the block ends."""
     with _disk_errors(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

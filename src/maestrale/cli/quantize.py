@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from maestrale.cli import options as opt
+from maestrale.errors import UsageError
+
+if TYPE_CHECKING:
+    from maestrale.checkpoint.quantize import Quantizer
 
 
 def quantize(
@@ -44,9 +49,7 @@ def quantize(
     from maestrale.text.tokenizer import is_tokenizer_file
 
     recipe, start = quantization.Recipe(weights, group, head), time.perf_counter()
-    quantizer: quantization.Quantizer = round_to_nearest
-    if calibrate is not None:
-        raise NotImplementedError
+    quantizer = round_to_nearest if calibrate is None else _calibrated(src, calibrate, ignore_unexpected)
     with opt.progress_line("quantizing") as show:
         quantization.quantize(src, dst, recipe, quantizer, force, ignore_unexpected, show)
     seconds = time.perf_counter() - start
@@ -56,3 +59,19 @@ def quantize(
         bits = written.stored_bits().total() / count_parameters(written.config)[0]
     size = sum(path.stat().st_size for path in dst.iterdir())
     print(f"{dst}: {opt.readable_bytes(size)}, {bits:.2f} bits a weight, {seconds:.1f} s")
+
+
+def _calibrated(src: Path, file: Path, ignore_unexpected: bool) -> Quantizer:
+    """What has read the text in `file`, or as much of it as it takes."""
+    from maestrale.checkpoint.reader import open_checkpoint
+    from maestrale.text.tokenizer import load_tokenizer
+
+    text = opt.read_text(file)
+    if find_spec("torch") is None:
+        raise UsageError("--calibrate runs the model in torch: run  pip install 'maestrale[torch]'  or leave it out")
+    from maestrale.torch_backend.gptq import LENGTH, SEQUENCES, Calibrated
+
+    source = open_checkpoint(src, ignore_unexpected)  # stays open as long as the quantizer that reads it
+    tokenizer = load_tokenizer(src, source.config.vocab_size)
+    most = 20 * LENGTH * SEQUENCES  # characters: no tokenizer makes fewer tokens of so many
+    return Calibrated(source, tokenizer.encode(text[:most], bos=False), tokenizer.bos_id)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.batch import CacheLayout
-from maestrale.checkpoint.dtypes import StoredTensor, cast
+from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, cast
 from maestrale.checkpoint.packed import PackedWeight, dequantize, pack_float
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.config import ModelConfig
@@ -17,7 +17,6 @@ from maestrale.errors import ConfigError
 from maestrale.native_backend import kernels
 
 FORMATS = ("f32", "bf16", "int8", "int4")
-GROUP = 32  # inputs that share a scale where int4 weights are made while loading
 MAX_HEAD_DIM = 1024  # kMaxHead in csrc/attention.h
 
 
@@ -30,32 +29,44 @@ def load_model(
     threads: int,
     exact: bool = False,
     isa: str | None = None,
+    layers: range | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Any:
     """The extension's Model with its cache. `progress` is called with (tensors done, tensors in all).
 
     weights: the format that linear layers get which the folder does not hold packed; those keep theirs. half: the
     cache is bf16, else fp32. exact: activations meet quantized weights in bf16. At no time more than one tensor exists
-    twice; the embeddings and what is packed already stay mapped from the file.
+    twice; the embeddings and what is packed already stay mapped from the file. layers: those of a pipeline's stage, all
+    where None; only the first stage has the embeddings, only the last the head.
     """
-    config = checkpoint.config
-    model = make_model(config, layout, half=half, threads=threads, exact=exact, isa=isa)
+    config, every = checkpoint.config, range(checkpoint.config.n_layers)
+    layers = layers or every
+    model = make_model(config, layout, half=half, threads=threads, exact=exact, isa=isa, layers=layers)
     load = _Loader(checkpoint, weights, threads, progress)
-    stored = load.mapped("tok_embeddings.weight")
-    model.set_embeddings(stored.dtype, stored.data)
+    if layers[0] == every[0]:
+        rows = load.embeddings(half)
+        model.set_embeddings(rows.dtype, rows.data)
     seen = [0] * len(layout.windows)
-    for i, window in enumerate(config.sliding_window):
-        kind = layout.windows.index(window)
+    for i in layers:
+        kind = layout.windows.index(config.sliding_window[i])
         model.add_layer(kind, seen[kind], **load.layer(i))
         seen[kind] += 1
-    head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
-    model.set_head(load.vector("norm.weight"), kernels.weight(load.linear(head)))
+    if layers[-1] == every[-1]:
+        head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
+        model.set_head(load.vector("norm.weight"), kernels.weight(load.linear(head)))
     checkpoint.verify_unchanged()
     return model
 
 
 def make_model(
-    config: ModelConfig, layout: CacheLayout, *, half: bool, threads: int, exact: bool = False, isa: str | None = None
+    config: ModelConfig,
+    layout: CacheLayout,
+    *,
+    half: bool,
+    threads: int,
+    exact: bool = False,
+    isa: str | None = None,
+    layers: range | None = None,
 ) -> Any:
     """A Model without weights, with an empty cache of this layout; MemoryError where that does not fit."""
     if config.head_dim > MAX_HEAD_DIM:
@@ -79,9 +90,9 @@ def make_model(
         threads=threads,
     )
     for window, ring, pages in zip(layout.windows, layout.rings, layout.pages, strict=True):
-        layers = config.sliding_window.count(window)
+        count = [config.sliding_window[i] for i in layers or range(config.n_layers)].count(window)
         # Left unwritten, so that a large pool takes memory only where it is used.
-        model.add_kind(np.empty(pages * model.page_bytes(layers), np.uint8), pages, ring, window, layers)
+        model.add_kind(np.empty(pages * model.page_bytes(count), np.uint8), pages, ring, window, count)
     return model
 
 
@@ -117,10 +128,12 @@ class _Loader:
             "w3": wide[1::2],
         }
 
-    def mapped(self, name: str) -> StoredTensor:
-        """A tensor where it lies in the file."""
+    def embeddings(self, half: bool) -> StoredTensor:
+        """The table of rows where it lies in the file; made anew only where it is stored quantized."""
         self._count()
-        return self.checkpoint.tensor(name)
+        name = "tok_embeddings.weight"
+        tensor = self.checkpoint.tensor(name)
+        return cast(tensor, "BF16") if half and self.checkpoint.storage(name)[0] not in WEIGHT_DTYPES else tensor
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A small tensor as fp32, copied."""
@@ -137,20 +150,21 @@ class _Loader:
         return [kernels.weight(weight) for weight in packed]
 
     def linear(self, name: str) -> PackedWeight:
-        if (packed := getattr(self.checkpoint, "packed", lambda n: None)(name)) is None:
-            tensor = self.checkpoint.tensor(name)
-            packed = self._pack(tensor)
+        if (packed := self.checkpoint.packed(name)) is None:
+            packed = self._pack(name)
             self.checkpoint.release(name)
         self._count()
         return packed
 
-    def _pack(self, tensor: StoredTensor) -> PackedWeight:
+    def _pack(self, name: str) -> PackedWeight:
+        tensor = self.checkpoint.tensor(name)
         if self.weights in ("f32", "bf16"):
             return pack_float(tensor, self.weights)
-        from maestrale.checkpoint.rounding import fitting_group, round_to_nearest  # not on the way of a packed folder
+        from maestrale.checkpoint.quantize import Recipe  # not on the way of a packed folder
+        from maestrale.checkpoint.rounding import round_to_nearest
 
-        group = fitting_group(tensor.shape[1], GROUP) if self.weights == "int4" else None
-        return round_to_nearest(tensor, "int4" if group else "int8", group or GROUP, self.threads)
+        format, group = Recipe(self.weights).of(name, tensor.shape[1])
+        return round_to_nearest(name, tensor, format, group, self.threads)
 
     def _count(self) -> None:
         self.done += 1

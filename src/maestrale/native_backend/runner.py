@@ -12,6 +12,7 @@ import numpy as np
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
+from maestrale.config import ModelConfig
 from maestrale.errors import MemoryLimitError, UsageError
 from maestrale.native_backend.load import load_model
 
@@ -20,18 +21,21 @@ MAX_THREADS = 1024
 
 
 class NativeRunner:
-    """A model and its cache on this machine's processor. model: the extension's Model."""
+    """A model and its cache on this machine's processor. model: the extension's Model of all layers of `config`."""
 
-    def __init__(self, model: Any, layout: CacheLayout, vocab_size: int):
-        self.model, self._layout, self._vocab_size = model, layout, vocab_size
+    def __init__(self, model: Any, layout: CacheLayout, config: ModelConfig):
+        self.model, self._layout, self._config = model, layout, config
 
     @property
     def layout(self) -> CacheLayout:
         return self._layout
 
     def step(self, batch: Batch) -> StepOutput:
+        moe, experts = self._config.moe if batch.experts else None, None
         with _memory_errors():
-            logits = np.empty((len(batch.logit_rows), self._vocab_size), np.float32)
+            logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
+            if moe is not None:
+                experts = np.empty((self._config.n_layers, len(batch.token_ids), moe.num_experts_per_tok), np.int16)
             self.model.step(
                 batch.token_ids,
                 batch.positions,
@@ -40,8 +44,9 @@ class NativeRunner:
                 batch.copies,
                 batch.logit_rows,
                 logits=logits,
+                chosen=experts,
             )
-        return StepOutput(logits)
+        return StepOutput(logits, None if experts is None else experts[:, batch.logit_rows].swapaxes(0, 1))
 
 
 @contextmanager
@@ -63,7 +68,7 @@ def open_runner(
     """The checkpoint's model, with a cache in `dtype` ("F32" or "BF16") and linear layers as `load_model` says."""
     with _memory_errors():
         model = load_model(checkpoint, layout, weights, half=dtype == "BF16", threads=threads, progress=progress)
-    return NativeRunner(model, layout, checkpoint.config.vocab_size)
+    return NativeRunner(model, layout, checkpoint.config)
 
 
 def choose_threads(asked: int | None = None) -> int:

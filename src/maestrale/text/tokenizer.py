@@ -39,7 +39,7 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary):
         self._vocabulary = vocabulary
         self._template: ChatTemplate | None = None
-        self.kind = vocabulary.kind
+        self.kind, self.path = vocabulary.kind, vocabulary.path
         self.vocab_size = vocabulary.size
         self.bos_id = vocabulary.bos_id
         self.eos_id = vocabulary.eos_id
@@ -141,14 +141,16 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a model's folder, which must fit the model's `vocab_size`.
+    """The tokenizer in a model's folder, or in a GGUF file, which must fit the model's `vocab_size`.
 
     Files of several kinds are taken for copies of one tokenizer; the choice is fixed: tekken.json, then
-    tokenizer.model, then tokenizer.json. CheckpointError if there is none, if two different files of one kind
-    compete, if the file is damaged, or if the sizes differ. A tokenizer.json alone may be smaller than the model,
-    whose embedding may be padded: ids above it decode to nothing.
+    tokenizer.model, then tokenizer.json, then a GGUF file's. CheckpointError if there is none, if two different files
+    of one kind compete, if the file is damaged, or if the sizes differ. A tokenizer.json alone may be smaller than the
+    model, whose embedding may be padded: ids above it decode to nothing.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return _from_gguf(folder, vocab_size)
     try:
         paths = sorted(path for path in folder.iterdir() if path.is_file())
     except OSError as error:
@@ -168,8 +170,19 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
 
         path = _only(found)
         vocabulary = read_hf(path, _read(path), vocab_size)
+    elif found := [path for path in paths if path.suffix == ".gguf"]:
+        return _from_gguf(found[0], vocab_size)
     else:
         raise CheckpointError(f"{folder}: no tokenizer; expected one of {_ACCEPTED}")
+    require_size(path, vocabulary.size, vocab_size)
+    return Tokenizer(vocabulary)
+
+
+def _from_gguf(path: Path, vocab_size: int) -> Tokenizer:
+    from maestrale.checkpoint.gguf_vocab import from_gguf, to_file
+    from maestrale.text.sentencepiece_room import read_sentencepiece
+
+    vocabulary = read_sentencepiece(path, to_file(from_gguf(path)))
     require_size(path, vocabulary.size, vocab_size)
     return Tokenizer(vocabulary)
 

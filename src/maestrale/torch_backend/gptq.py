@@ -64,7 +64,7 @@ class Calibrated:
         )
         weight = round_gptq(as_torch(tensor).float().numpy(), self._hessians[shared], format, group)
         if isinstance(self._block, Block):
-            self._block.get_submodule(inside).weight.copy_(torch.from_numpy(dequantize(weight)))
+            self._block.get_parameter(f"{inside}.weight").copy_(torch.from_numpy(dequantize(weight)))
         return weight
 
     def _enter(self, layer: int) -> None:

@@ -12,7 +12,8 @@
 namespace maestrale {
 
 constexpr int kTile = 16;       // keys of a tile
-constexpr int kTilesAtOnce = 4;  // tiles between two corrections of the running softmax; borders lie at multiples
+constexpr int kTilesAtOnce = 8;  // tiles between two corrections of the running softmax; borders lie at multiples
+constexpr int kRowsAtOnce = 4;   // query rows whose sums stay in registers
 constexpr int kMaxHead = 1024;  // head_dim
 constexpr int kQueryRows = 32;  // query rows (tokens times query heads) that share a pass over their keys, about
 
@@ -67,7 +68,7 @@ using AttendSpan = void (*)(const CacheView& cache, const Span& span, int64_t g,
 
 inline int64_t attend_scratch(const HeadLayout& head, int64_t group) {
   const int64_t rows = group > kQueryRows ? group : kQueryRows, keys = kTile * kTilesAtOnce;
-  const int64_t floats = rows * (head.units() + 2 * keys + kTile + head.padded + 2) + 2 * head.padded;
+  const int64_t floats = rows * (head.units() + kTile + head.padded + 2) + kRowsAtOnce * 2 * keys + 2 * head.padded;
   return 4 * floats + 8 * 64;  // eight arrays, each begun at a multiple of 64 bytes
 }
 

@@ -6,9 +6,9 @@
 
 const float kLaneNumbers[kTile] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// 2^x for x <= 0, 0 below -126; NaN stays NaN. The polynomial is (2^f - 1) / f on [-1/2, 1/2], to 7e-8.
+// 2^x for x <= 0, 0 up to -127; NaN stays NaN. The polynomial is (2^f - 1) / f on [-1/2, 1/2], to 7e-8.
 inline Floats exp2_negative(Floats x) {
-  const Floats held = if_less(x, floats(-126), floats(-126), x);
+  const Floats held = larger(floats(-127), x);
   const Ints n = to_ints(held);
   const Floats f = held - to_floats(n);
   Floats p = floats(0.00015461447765119374f);
@@ -18,20 +18,17 @@ inline Floats exp2_negative(Floats x) {
   p = fma(p, f, floats(0.24022650718688965f));
   p = fma(p, f, floats(0.6931471824645996f));
   p = fma(p, f, floats(1));
-  const Floats scaled = bits_to_floats(floats_to_bits(p) + left<23>(n));
-  return if_less(x, floats(-126), floats(0), scaled);
+  return bits_to_floats(floats_to_bits(p) + left<23>(n));  // at -127 all bits of the exponent go, and 0 is left
 }
 
 // Two values in bf16 side by side, or one float: what a lane multiplies at once.
-template <bool half> inline Floats dot_unit(Floats sum, const uint32_t* lanes, uint32_t unit) {
-  if constexpr (half) {
+template <bool half> inline Floats dot_unit(Floats sum, const uint32_t* lanes, Four unit) {
+  if constexpr (half)
     return dot_pairs(sum, load_pairs(reinterpret_cast<const uint8_t*>(lanes)), unit);
-  } else {
-    float x;
-    std::memcpy(&x, &unit, 4);
-    return fma(load(reinterpret_cast<const float*>(lanes)), floats(x), sum);
-  }
+  else
+    return dot_floats(sum, load(reinterpret_cast<const float*>(lanes)), unit);
 }
+inline Four spread_unit(const uint32_t* unit) { return spread(reinterpret_cast<const uint8_t*>(unit)); }
 
 // Turns the pairs (2j, 2j + 1) of a head by its position's angle (N4), then to units: bf16 pairs, or floats.
 // turns: [2][padded], the cosine of each entry's pair, and its sine, negative for the first of the pair.
@@ -95,22 +92,26 @@ inline void write_keys(const CacheView& cache, const Span& span, int64_t g, cons
 
 // Sums of R query rows against N tiles: scores[r][n * 16 + lane]; rows lie `units` apart, scores 64 apart.
 template <bool half, int R, int N>
-inline void score_tiles(const uint32_t* q, int64_t units, const uint32_t* const* keys, float* scores) {
+__attribute__((noinline)) void score_tiles(  // alone, so that all registers are its own
+    const uint32_t* q, int64_t units, const uint32_t* const* keys, float* scores) {
   Floats sums[R][N];
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) sums[r][n] = floats(0);
   for (int64_t u = 0; u < units; ++u)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n)
+    for (int r = 0; r < R; ++r) {
+      const Four unit = spread_unit(q + r * units + u);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sums[r][n] = dot_unit<half>(sums[r][n], keys[n] + u * kTile, q[r * units + u]);
+      for (int n = 0; n < N; ++n) sums[r][n] = dot_unit<half>(sums[r][n], keys[n] + u * kTile, unit);
+    }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(scores + r * kTile * kTilesAtOnce + n * kTile, sums[r][n]);
 }
 
 // y[r][0 … 16 N - 1] = y * correction[r] + the sum over the block's keys of weight times value.
 template <bool half, int R, int N>
-inline void add_values(const uint32_t* weights, const uint32_t* const* values, int tiles, int64_t key_units,
+__attribute__((noinline)) void add_values(
+    const uint32_t* weights, const uint32_t* const* values, int tiles, int64_t key_units,
                        int64_t padded, const float* corrections, float* y) {
   Floats sums[R][N];
   for (int r = 0; r < R; ++r)
@@ -118,11 +119,12 @@ inline void add_values(const uint32_t* weights, const uint32_t* const* values, i
   for (int t = 0; t < tiles; ++t)
     for (int64_t u = 0; u < key_units; ++u)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
+      for (int r = 0; r < R; ++r) {
+        const Four unit = spread_unit(weights + (r * kTilesAtOnce + t) * key_units + u);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r)
-          sums[r][n] = dot_unit<half>(sums[r][n], values[t] + u * padded + n * kTile,
-                                      weights[r * kTilesAtOnce * key_units + t * key_units + u]);
+        for (int n = 0; n < N; ++n)
+          sums[r][n] = dot_unit<half>(sums[r][n], values[t] + u * padded + n * kTile, unit);
+      }
   for (int r = 0; r < R; ++r)
     for (int n = 0; n < N; ++n) store(y + r * padded + n * kTile, sums[r][n]);
 }
@@ -137,22 +139,23 @@ struct Block {
 
 template <bool half, int R>
 inline void attend_rows(const HeadLayout& head, const Block& block, const uint32_t* q, float* scores, uint32_t* weights,
-                        float* y, float* largest, float* sums, const int32_t* queries, int64_t window, bool masked) {
+                        float* y, float* tops, float* sums, const int32_t* queries, int64_t window, bool masked) {
   constexpr int kKeys = kTile * kTilesAtOnce;
   const int64_t units = head.units(), key_units = head.key_units(), padded = head.padded;
-  if (block.tiles == kTilesAtOnce)
-    score_tiles<half, R, kTilesAtOnce>(q, units, block.keys, scores);
-  else
-    for (int t = 0; t < block.tiles; ++t) score_tiles<half, R, 1>(q, units, block.keys + t, scores + t * kTile);
+  int first = 0;
+  for (; first + 4 <= block.tiles; first += 4)
+    score_tiles<half, R, 4>(q, units, block.keys + first, scores + first * kTile);
+  for (; first < block.tiles; ++first)
+    score_tiles<half, R, 1>(q, units, block.keys + first, scores + first * kTile);
 
   // N6, N7: scores are scaled by 1 / sqrt(C), here times log2(e); softmax is fp32.
-  const Floats scale = floats(float(1.4426950408889634 / std::sqrt(double(head.head_dim))));
+  const float scale = float(1.4426950408889634 / std::sqrt(double(head.head_dim)));
   const Floats none = floats(-HUGE_VALF);
   float corrections[R];
   for (int r = 0; r < R; ++r) {
     Floats s[kTilesAtOnce], top = none;
     for (int t = 0; t < block.tiles; ++t) {
-      s[t] = load(scores + r * kKeys + t * kTile) * scale;
+      s[t] = load(scores + r * kKeys + t * kTile);
       if (masked) {  // N9: keys p - W + 1 … p
         const int64_t newest = queries[r] - block.positions[t], oldest = newest - window + 1;
         const Floats lane = load(kLaneNumbers);
@@ -162,29 +165,27 @@ inline void attend_rows(const HeadLayout& head, const Block& block, const uint32
       }
       top = larger(s[t], top);
     }
-    float lanes[kTile];
-    store(lanes, top);
-    float now = largest[r];
-    for (int i = 0; i < kTile; ++i) now = lanes[i] > now ? lanes[i] : now;
-    const float base = now == -HUGE_VALF ? 0 : now;  // where no key has been seen yet, -inf - -inf would be NaN
+    const float before = tops[r], here = largest(top), now = here > before ? here : before;
+    const float base = now == -HUGE_VALF ? 0 : now * scale;  // where no key has been seen yet, -inf - -inf would be NaN
     float kept = 1;
-    if (largest[r] != now) {
-      store(lanes, exp2_negative(floats(largest[r] - base)));
+    if (before != now) {
+      float lanes[kTile];
+      store(lanes, exp2_negative(floats(before * scale - base)));
       kept = lanes[0];
     }
     corrections[r] = kept;
-    largest[r] = now;
-    Floats sum = load(sums + r * kTile) * floats(kept);
+    tops[r] = now;
+    Floats total = load(sums + r * kTile) * floats(kept);
     for (int t = 0; t < block.tiles; ++t) {
-      const Floats p = exp2_negative(s[t] - floats(base));
-      sum = sum + p;
+      const Floats p = exp2_negative(fma(s[t], floats(scale), floats(-base)));
+      total = total + p;
       uint32_t* to = weights + (r * kTilesAtOnce + t) * key_units;
       if constexpr (half)
         store_words(reinterpret_cast<uint16_t*>(to), to_bf16(p));
       else
         store(reinterpret_cast<float*>(to), p);
     }
-    store(sums + r * kTile, sum);
+    store(sums + r * kTile, total);
   }
   int64_t i = 0;
   const uint32_t* values[kTilesAtOnce];
@@ -207,16 +208,16 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
   auto* free = static_cast<float*>(scratch);
   const auto take = [&](int64_t count) { return std::exchange(free, free + (count + 15) / 16 * 16); };
   auto* queries = reinterpret_cast<uint32_t*>(take(rows * units));
-  auto* weights = reinterpret_cast<uint32_t*>(take(rows * kKeys));
-  float *scores = take(rows * kKeys), *sums = take(rows * kTile), *mixed = take(rows * padded);
-  float *largest = take(rows), *turned = take(2 * padded);
+  auto* weights = reinterpret_cast<uint32_t*>(take(kRowsAtOnce * kKeys));
+  float *scores = take(kRowsAtOnce * kKeys), *sums = take(rows * kTile), *mixed = take(rows * padded);
+  float *tops = take(rows), *turned = take(2 * padded);
   auto* positions = reinterpret_cast<int32_t*>(take(rows));
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t token = m / group, row = span.first + token;
     turned_units<half>(head, q + row * q_stride + m % group * head.head_dim, turns + row * 2 * padded, turned,
                        queries + m * units);
     positions[m] = int32_t(span.position + token);
-    largest[m] = -HUGE_VALF;
+    tops[m] = -HUGE_VALF;
   }
   std::memset(sums, 0, size_t(rows * kTile) * 4);
   std::memset(mixed, 0, size_t(rows * padded) * 4);
@@ -242,11 +243,11 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
     }
     for (int64_t m = 0; m < rows;) {
       const auto step = [&]<int R>() {
-        attend_rows<half, R>(head, block, queries + m * units, scores, weights, mixed + m * padded, largest + m,
+        attend_rows<half, R>(head, block, queries + m * units, scores, weights, mixed + m * padded, tops + m,
                              sums + m * kTile, positions + m, cache.window, masked);
         m += R;
       };
-      if (rows - m >= 4)
+      if (rows - m >= kRowsAtOnce)
         step.template operator()<4>();
       else if (rows - m == 3)
         step.template operator()<3>();

@@ -30,6 +30,10 @@ struct Kernels {
   void (*swiglu)(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
                  const Output& out);
 
+  // Limits, for benchmarks: reads memory; multiplies in registers and returns how many operations that were.
+  void (*read)(const uint8_t* p, int64_t size);
+  double (*multiply)(Format format, int64_t rounds);
+
   // y = x / sqrt(mean(x²) + eps) * weight, n entries (N3).
   void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
 
@@ -41,10 +45,6 @@ struct Kernels {
 
   WriteKeys write_keys;
   AttendSpan attend;
-
-  // Limits, for benchmarks: reads memory; multiplies in registers and returns how many operations that were.
-  void (*read)(const uint8_t* p, int64_t size);
-  double (*multiply)(Format format, int64_t rounds);
 };
 
 // The tables that this processor can run, the fastest first; the last is `generic`.

@@ -21,13 +21,13 @@ namespace maestrale::avx512 {
 #include "math.inl"
 #include "prepare.inl"
 #include "linear.inl"
+#include "limits.inl"
 #include "rows.inl"
 #include "attention.inl"
-#include "limits.inl"
 
 extern const Kernels table;
-const Kernels table = {"avx512",      prepare,    linear, swiglu,   norm,        scores, mix,
-                       write_keys, attend, read_all, multiply_all};
+const Kernels table = {"avx512", prepare, linear, swiglu, read_all, multiply_all,
+                       norm, scores, mix, write_keys, attend};
 }  // namespace maestrale::avx512
 
 #if defined(__clang__)

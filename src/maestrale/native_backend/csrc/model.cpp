@@ -326,13 +326,13 @@ void Model::mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int
     kernels_.norm(x_.data() + row * D, layer.ffn_norm, D, shape_.norm_eps, normed);
     desk.dim.prepare(kernels_, {&any.w1}, desk.normed.data(), D, row, row + 1);
     kernels_.scores(layer.gate, E, normed, D, order.scores.data());
-    choose(order.scores.data(), E, K, desk.experts.data() + row * K, desk.shares.data() + row * K);
+    int32_t* experts = desk.experts.data() + row * K;
+    choose(order.scores.data(), E, K, experts);
+    if (chosen != nullptr && (rows > 1 || thread == 0))
+      std::copy(experts, experts + K, chosen + (original ? original[row] : row) * K);
+    weigh(order.scores.data(), K, experts, desk.shares.data() + row * K);
   });
   sort_rows(in, E, rows, order);
-  if (chosen != nullptr && thread == 0)
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t k = 0; k < K; ++k)
-        chosen[(original ? original[row] : row) * K + k] = int16_t(in.experts.data()[row * K + k]);
   // The rows of an expert side by side; a single row is used where it lies.
   if (rows > 1) {
     for (auto [place, last] = share(rows * K, thread); place < last; ++place)
@@ -368,14 +368,18 @@ void Model::mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int
   }
 }
 
-// N5: the K largest scores, of equal ones the lower expert; their shares are a softmax over those K.
-void Model::choose(const float* scores, int64_t experts, int64_t K, int32_t* chosen, float* shares) {
+// N5: the K largest scores, the largest first; of equal ones the lower expert.
+void Model::choose(const float* scores, int64_t experts, int64_t K, int32_t* chosen) {
   for (int64_t k = 0; k < K; ++k) {
     int32_t best = -1;
     for (int32_t e = 0; e < experts; ++e)
       if (std::find(chosen, chosen + k, e) == chosen + k && (best < 0 || scores[e] > scores[best])) best = e;
     chosen[k] = best;
   }
+}
+
+// The chosen experts in ascending order, and what each counts: a softmax over those K.
+void Model::weigh(const float* scores, int64_t K, int32_t* chosen, float* shares) {
   const float largest = scores[chosen[0]];
   std::sort(chosen, chosen + K);
   float sum = 0;

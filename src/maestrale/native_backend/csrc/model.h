@@ -57,7 +57,7 @@ struct Step {
   const float* hidden_in;  // [rows][dim], where the embeddings are on another stage
   float* hidden_out;       // [rows][dim], where the head is on another stage
   float* logits;           // [wanted][vocab]
-  int16_t* chosen;         // [layers][rows][n_chosen] experts, or null; rows that a layer leaves out stay as they are
+  int16_t* chosen;         // [layers][rows][n_chosen] experts, the likeliest first, or null; rows left out stay as they are
 };
 
 class Model {
@@ -118,7 +118,8 @@ class Model {
   void attend(const Step& step, const Layer& layer, const std::vector<Run>& runs, std::atomic<int64_t>& taken, int thread);
   void feed_forward(const Layer& layer, int64_t rows, int thread);
   void mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int64_t* original, int thread);
-  static void choose(const float* scores, int64_t experts, int64_t K, int32_t* chosen, float* shares);
+  static void choose(const float* scores, int64_t experts, int64_t K, int32_t* chosen);
+  static void weigh(const float* scores, int64_t K, int32_t* chosen, float* shares);
   void sort_rows(const Desk& desk, int64_t experts, int64_t rows, Order& order) const;
 
   Range share(int64_t count, int thread) const {
