@@ -3,7 +3,7 @@
     python bench/quality.py MODEL --text HELDOUT --calibrate OTHER [--backend torch] [--chars 300000]
 
 MODEL is a folder or a bundled model's name. HELDOUT is a UTF-8 text that the model was not trained on, texts in it
-parted by two empty lines; OTHER is a text of the same kind, not the same text, for the calibrated forms. Perplexity is
+parted by two empty lines; OTHER is a text of the same kind, not the same text, for the calibrated forms (int4). Perplexity is
 read as `maestrale eval --documents` reads it. Agreement: of 20 pieces of 64 tokens cut evenly from HELDOUT, the share
 of positions where the likeliest next token is the one of the model as it is stored (teacher-forced).
 The last line is JSON.
@@ -26,6 +26,7 @@ from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.cli.evaluate import cut, score
 from maestrale.launch import model_folder
 from maestrale.plan import count_parameters
+from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.gptq import Calibrated
 
 RECIPES = {
@@ -35,6 +36,7 @@ RECIPES = {
     "int4, groups of 128": Recipe("int4", 128),
 }
 PIECES, PIECE = 20, 64
+_LONGEST = (1 << 31) - 1
 
 
 def measure(folder: Path, texts: list[str], pieces: list[list[int]], options: dict) -> tuple[float, list[list[int]]]:
@@ -63,9 +65,8 @@ def main() -> None:
     texts = [text for text in arguments.text.read_text()[: arguments.chars].split("\n\n\n") if text.strip()]
 
     with open_checkpoint(model) as source:
-        from maestrale.text.tokenizer import load_tokenizer
-
         config = source.config
+        options["max_len"] = _LONGEST if all(config.sliding_window) else None  # as `maestrale eval` has it
         tokenizer = load_tokenizer(model, config.vocab_size)
         ids = [token for text in texts for token in tokenizer.encode(text, bos=False)]
         step = len(ids) // PIECES
@@ -80,7 +81,7 @@ def main() -> None:
         if arguments.calibrate:
             calibration = tokenizer.encode(arguments.calibrate.read_text()[:1_000_000], bos=False)
         for form, recipe in RECIPES.items():
-            for calibrated in (False, True) if calibration else (False,):
+            for calibrated in (False, True) if calibration and recipe.weights == "int4" else (False,):
                 with tempfile.TemporaryDirectory() as scratch:
                     start, packed = time.perf_counter(), Path(scratch) / "packed"
                     quantizer = Calibrated(source, calibration, tokenizer.bos_id) if calibrated else round_to_nearest

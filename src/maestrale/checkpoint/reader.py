@@ -15,10 +15,9 @@ from types import TracebackType
 
 from numpy.typing import NDArray
 
-from maestrale.checkpoint import gguf, hf_quantized, packed_room
+from maestrale.checkpoint import packed_room
 from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, byte_count, is_finite
 from maestrale.checkpoint.folder import ROOMS, find_weights
-from maestrale.checkpoint.gguf_room import open_gguf
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.packed import PackedWeight, dequantize
 from maestrale.checkpoint.place import Part, Place, QuantizedPlace
@@ -145,9 +144,9 @@ def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Chec
     room = ROOMS[layout]
     source = folder / room.CONFIG
     from_values = ModelConfig.from_hf if layout == "hf" else ModelConfig.from_mistral
-    values, scheme = read_json(source), None
-    if layout == "hf" and values.get("quantization_config") is not None:
-        scheme = hf_quantized.read_scheme(values.pop("quantization_config"), str(source))
+    values, quantization = read_json(source), None
+    if layout == "hf":
+        quantization = values.pop("quantization_config", None)
     config = from_values(values, str(source))
     files = [open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path) for path in paths]
     owner = _owners(files)
@@ -157,13 +156,20 @@ def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Chec
     places: Places
     if layout == "packed":
         places = packed_room.places(config, files[0])
+    elif quantization is not None:
+        from maestrale.checkpoint import hf_quantized
+
+        places = hf_quantized.places(config, owner, hf_quantized.read_scheme(quantization, str(source)))
     else:
-        places = room.places(config, owner) if scheme is None else hf_quantized.places(config, owner, scheme)
+        places = room.places(config, owner)
     _check(places, owner, config, source, room.IGNORED, ignore_unexpected)
     return Checkpoint(folder, config, layout, files, places)
 
 
 def _open_gguf(folder: Path, path: Path, ignore_unexpected: bool) -> Checkpoint:
+    from maestrale.checkpoint import gguf  # here, as below, so that other folders open sooner
+    from maestrale.checkpoint.gguf_room import open_gguf
+
     file = open_gguf(path)
     config = gguf.read_config(file)
     places = gguf.places(config, file)
