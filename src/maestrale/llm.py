@@ -247,6 +247,21 @@ class LLM:
             preemptions=scheduler.preemptions,
         )
 
+    def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
+        """The mean of the last hidden states of a text, float32 [dim]; before it a None for each chunk but the last,
+        where a server may do something else. RequestError where the text is too long, or the backend cannot do it."""
+        embed = getattr(self._engine.runner, "embed", None)
+        if embed is None:
+            raise RequestError(
+                f"model: no embeddings from this backend ({self.description}): use --backend torch", "model"
+            )
+        if not 0 < len(ids) <= self.max_len or min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise RequestError(
+                f"input: expected 1 to {self.max_len} token ids from 0 to {self.config.vocab_size - 1}, got {len(ids)}",
+                "input",
+            )
+        return cast(Iterator[NDArray[np.float32] | None], embed(ids))
+
     def _submit(
         self,
         prompts: Sequence[Prompt],

@@ -7,9 +7,9 @@ from starlette.responses import Response
 
 from maestrale.serve.answers import read_body, while_connected
 from maestrale.serve.context import Context
+from maestrale.serve.job import Work
 from maestrale.serve.protocol import ChatRequest
 from maestrale.serve.replies import answer
-from maestrale.serve.service import Work
 
 
 async def chat(context: Context, request: Request) -> Response:

@@ -15,9 +15,9 @@ from maestrale.llm import Completion
 from maestrale.serve import view
 from maestrale.serve.answers import PING, EventStream, event, ignored_header, read_body, while_connected
 from maestrale.serve.context import Context
+from maestrale.serve.job import Job, Work
 from maestrale.serve.logprobs import Columns
 from maestrale.serve.protocol import CompletionRequest
-from maestrale.serve.service import Job, Work
 from maestrale.serve.usage import usage
 
 
