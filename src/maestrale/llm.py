@@ -26,13 +26,18 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine has to do. pages, free_pages: of the cache, over all kinds of layers."""
+    """What the engine has to do, and has done. pages, free_pages: of the cache, over all kinds of layers.
+
+    prefix_asked, prefix_found: tokens of prompts begun, and how many of them lay in the cache already.
+    """
 
     waiting: int
     running: int
     pages: int
     free_pages: int
     preemptions: int
+    prefix_asked: int
+    prefix_found: int
 
 
 class LLM:
@@ -214,9 +219,18 @@ class LLM:
 
     # A thread that drives the model step by step, as a server does, uses these and no other method besides.
 
-    def submit(self, ids: Sequence[int], params: SamplingParams, *, reply: bool = False) -> Request:
-        """Queues a prompt of token ids. RequestError where it cannot be served. `reply` as for `stream`."""
-        return self._engine.submit(ids, params, reply=reply)
+    def submit(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reply: bool = False,
+        namespace: str = "",
+        adapter: str | None = None,
+    ) -> Request:
+        """Queues a prompt of token ids. RequestError where it cannot be served. `reply`, `adapter` as for `stream`;
+        namespace: cached pages are shared only with prompts of the same one."""
+        return self._engine.submit(ids, params, reply=reply, namespace=namespace, adapter=adapter)
 
     def step(self) -> list[tuple[Request, Completion]]:
         """One batch: what is new, and for whom. A request that has ended is `finished`, perhaps with an `error`."""
@@ -245,6 +259,8 @@ class LLM:
             pages=sum(pages.layout.pages),
             free_pages=sum(pages.available),
             preemptions=scheduler.preemptions,
+            prefix_asked=self._engine.prefixes.asked,
+            prefix_found=self._engine.prefixes.found,
         )
 
     def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:

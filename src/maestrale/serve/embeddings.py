@@ -27,6 +27,8 @@ async def embeddings(context: Context, request: Request) -> Response:
 
 async def _embed(context: Context, body: EmbeddingsRequest) -> Response:
     model, dim, texts = context.require_model(body.model), context.llm.config.dim, body.texts()
+    if context.models[model] is not None:
+        raise bad_request(f"model: an adapter gives no embeddings: expected {context.settings.name!r}", "model")
     if body.dimensions not in (None, dim):
         raise bad_request(f"dimensions = {body.dimensions}: this model's are {dim}", "dimensions")
     try:

@@ -14,11 +14,11 @@ from maestrale.serve.replies import answer
 
 async def fill_in(context: Context, request: Request) -> Response:
     body = await read_body(request, FimRequest)
-    return await while_connected(request.receive, _fill_in(context, body))
+    return await while_connected(request.receive, _fill_in(context, body, request.scope["tenant"]))
 
 
-async def _fill_in(context: Context, body: FimRequest) -> Response:
-    context.require_model(body.model)
+async def _fill_in(context: Context, body: FimRequest, tenant: str) -> Response:
+    adapter = context.models[context.require_model(body.model)]
     params = body.params(None)
     ids = await context.in_worker(context.llm.tokenizer.encode_fim, body.prompt, body.suffix or "")
-    return await answer(context, body, Work(ids, params), "prompt")
+    return await answer(context, body, Work(ids, params, False, adapter, tenant), "prompt")

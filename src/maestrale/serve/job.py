@@ -17,11 +17,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Work:
-    """One prompt of a job. reply: the text begins anew, as a chat's answer does."""
+    """One prompt of a job. reply: the text begins anew, as a chat's answer does. adapter: what it goes through.
+    tenant: whose it is; cached pages are never shared between two of them."""
 
     ids: Sequence[int]
     params: SamplingParams
     reply: bool = False
+    adapter: str | None = None
+    tenant: str = ""
 
 
 @dataclass(frozen=True)

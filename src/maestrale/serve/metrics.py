@@ -24,7 +24,6 @@ class Metrics:
         )
         self.prompt_tokens = Counter("maestrale_prompt_tokens", "Tokens of prompts begun.", registry=self.registry)
         self.tokens = Counter("maestrale_generated_tokens", "Tokens generated.", registry=self.registry)
-        self.failed_steps = Counter("maestrale_failed_steps", "Engine steps that broke off.", registry=self.registry)
         self.first = self._histogram("maestrale_time_to_first_token_seconds", "From the request to its first token.")
         self.between = self._histogram("maestrale_inter_token_seconds", "Between two steps that gave it tokens.")
         self.whole = self._histogram("maestrale_request_seconds", "From the request to its last token.")

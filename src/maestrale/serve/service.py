@@ -17,7 +17,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
 
-from maestrale.errors import RequestError
+from maestrale.errors import DistributedError, RequestError
 from maestrale.llm import LLM, Request
 from maestrale.serve.job import Chore, Job, Piece, Work, settle
 from maestrale.serve.metrics import Metrics
@@ -43,7 +43,7 @@ class Service:
     ):
         self.metrics = metrics
         self.draining = False
-        self.alive = True
+        self.death: BaseException | None = None  # what has ended the engine's thread
         self._llm, self._on_death = llm, on_death
         self._max_queue, self._max_unread, self._timeout = max_queue, max_unread, timeout
         self._jobs: dict[Job, asyncio.TimerHandle] = {}
@@ -163,8 +163,12 @@ class Service:
             elif not job.ended:
                 self._close(job, "done")
 
-    def _died(self) -> None:
-        self.alive = False
+    @property
+    def alive(self) -> bool:
+        return self.death is None
+
+    def _died(self, error: BaseException) -> None:
+        self.death = error
         self.fail_all(ApiError(500, "the engine has stopped", code="engine_stopped"))
         self._on_death()
 
@@ -177,9 +181,12 @@ class Service:
                     self._step()
                 if self._chores:
                     self._do_chore(self._chores.popleft())
-        except BaseException:  # a fault of our own: say so, and let the supervisor start anew
+        except DistributedError as error:
+            log.critical("%s", error)
+            self._loop.call_soon_threadsafe(self._died, error)
+        except BaseException as error:  # a fault of our own: say so, and let the supervisor start anew
             log.critical("the engine's thread has ended", exc_info=True)
-            self._loop.call_soon_threadsafe(self._died)
+            self._loop.call_soon_threadsafe(self._died, error)
 
     def _obey(self) -> bool:
         """Carries out all commands that are there; waits for one where nothing else is to be done. False: stop."""
@@ -193,7 +200,9 @@ class Service:
         problem = None
         try:
             for number, work in enumerate(job.work):
-                request = self._llm.submit(work.ids, work.params, reply=work.reply)
+                request = self._llm.submit(
+                    work.ids, work.params, reply=work.reply, namespace=work.tenant, adapter=work.adapter
+                )
                 job._requests.append(request)
                 self._owners[request] = job, number
         except RequestError as error:
@@ -231,42 +240,32 @@ class Service:
             self._loop.call_soon_threadsafe(settle, chore.result, found, None)
 
     def _step(self) -> None:
-        try:
-            news = self._llm.step()
-        except Exception as error:
-            self._step_failed(error)
-            return
+        """One step of the engine, and its news to the loop. What goes wrong with a request stands in its `error`."""
         by_job: dict[Job, list[Piece]] = {}
-        for request, completion in news:
+        for request, completion in self._llm.step():
             job, number = self._owners[request]
-            if (
-                request.params.prompt_logprobs is not None
-            ):  # complete before the first piece; the engine tells at the end
+            if request.params.prompt_logprobs is not None:  # complete by now; the engine tells them with the last piece
                 completion.prompt_logprobs = request.prompt_logprobs
                 completion.prompt_top_logprobs = request.prompt_top_logprobs
             by_job.setdefault(job, []).append(Piece(number, completion))
-        ends: list[tuple[Job, ApiError | None]] = []
-        for request in [request for request in self._owners if request.finished]:
-            if request not in self._owners:
-                continue  # of a job that has just failed
-            job, _ = self._owners.pop(request)
-            if request.error is not None:
-                log.warning("a request failed in the engine: %s", request.error)
-                self._forget(job)
-                ends.append((job, as_api_error(request.error)))
-            elif all(request.finished for request in job._requests):
-                ends.append((job, None))
+        ends = list(self._endings())
         for request, (job, _) in self._owners.items():
             if not job.started and request.done:
                 job.started = True
         if by_job or ends:
             self._loop.call_soon_threadsafe(self._deliver, time.monotonic(), list(by_job.items()), ends)
 
-    def _step_failed(self, error: Exception) -> None:
-        """The engine has undone the step; those that took part in it, or in one before, fail, the others go on."""
-        log.error("a step failed", exc_info=error)
-        self.metrics.failed_steps.inc()
-        jobs = list({job for job, _ in self._owners.values()})
-        for job in [job for job in jobs if job.started] or jobs:
-            self._forget(job)
-            self._loop.call_soon_threadsafe(self._fail, job, as_api_error(error))
+    def _endings(self) -> Iterator[tuple[Job, ApiError | None]]:
+        """The jobs that have ended, each with what it failed from. DistributedError where the model itself is gone."""
+        for request in [request for request in self._owners if request.finished]:
+            if request not in self._owners:
+                continue  # of a job that has just failed
+            job, _ = self._owners.pop(request)
+            if isinstance(request.error, DistributedError):
+                raise request.error
+            if request.error is not None:
+                log.warning("a request failed in the engine: %s", request.error, exc_info=request.error.__cause__)
+                self._forget(job)
+                yield job, as_api_error(request.error)
+            elif all(request.finished for request in job._requests):
+                yield job, None

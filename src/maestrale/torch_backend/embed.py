@@ -23,7 +23,8 @@ def embed(
 ) -> Iterator[NDArray[np.float32] | None]:
     """Float32 [dim] at the end; before, None after each chunk, so that the caller may do something else in between.
 
-    begin: called with each chunk before the model is. The keys and values lie in a cache of their own, whose rings never wrap, and are gone with it.
+    begin: called with each chunk before the model is. The keys and values lie in a cache of their own, whose rings
+    never wrap, and are gone with it.
     """
     n, weight = len(token_ids), model.norm.weight
     windows = model.config.windows
