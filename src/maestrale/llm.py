@@ -27,13 +27,18 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine has to do. pages, free_pages: of the cache, over all kinds of layers."""
+    """What the engine has to do, and has done. pages, free_pages: of the cache, over all kinds of layers.
+
+    prefix_asked, prefix_found: tokens of prompts begun, and how many of them lay in the cache already.
+    """
 
     waiting: int
     running: int
     pages: int
     free_pages: int
     preemptions: int
+    prefix_asked: int
+    prefix_found: int
 
 
 class LLM:
@@ -223,9 +228,18 @@ class LLM:
 
     # A thread that drives the model step by step, as a server does, uses these and no other method besides.
 
-    def submit(self, ids: Sequence[int], params: SamplingParams, *, reply: bool = False) -> Request:
-        """Queues a prompt of token ids. RequestError where it cannot be served. `reply` as for `stream`."""
-        return self._engine.submit(ids, params, reply=reply)
+    def submit(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reply: bool = False,
+        namespace: str = "",
+        adapter: str | None = None,
+    ) -> Request:
+        """Queues a prompt of token ids. RequestError where it cannot be served. `reply`, `adapter` as for `stream`;
+        namespace: cached pages are shared only with prompts of the same one."""
+        return self._engine.submit(ids, params, reply=reply, namespace=namespace, adapter=adapter)
 
     def step(self) -> list[tuple[Request, Completion]]:
         """One batch: what is new, and for whom. A request that has ended is `finished`, perhaps with an `error`."""
@@ -254,7 +268,24 @@ class LLM:
             pages=sum(pages.layout.pages),
             free_pages=sum(pages.available),
             preemptions=scheduler.preemptions,
+            prefix_asked=self._engine.prefixes.asked,
+            prefix_found=self._engine.prefixes.found,
         )
+
+    def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
+        """The mean of the last hidden states of a text, float32 [dim]; before it a None for each chunk but the last,
+        where a server may do something else. RequestError where the text is too long, or the backend cannot do it."""
+        embed = getattr(self._engine.runner, "embed", None)
+        if embed is None:
+            raise RequestError(
+                f"model: no embeddings from this backend ({self.description}): use --backend torch", "model"
+            )
+        if not 0 < len(ids) <= self.max_len or min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise RequestError(
+                f"input: expected 1 to {self.max_len} token ids from 0 to {self.config.vocab_size - 1}, got {len(ids)}",
+                "input",
+            )
+        return cast(Iterator[NDArray[np.float32] | None], embed(ids))
 
     def _submit(
         self,

@@ -67,7 +67,7 @@ class Sampling(Body):
     stop: str | list[str] | None = Field(None, json_schema_extra={"maxLength": MAX_STOP_LENGTH, "maxItems": MAX_STOPS})
     presence_penalty: float | None = _ranged("presence_penalty")
     frequency_penalty: float | None = _ranged("frequency_penalty")
-    repetition_penalty: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 10})
+    repetition_penalty: float | None = _ranged("repetition_penalty")
     logit_bias: dict[str, float] | None = Field(None, description="token id → -100 to 100")
     min_tokens: int | None = Field(None, json_schema_extra={"minimum": 0})
     ignore_eos: bool | None = None
@@ -134,10 +134,7 @@ class CompletionRequest(Sampling):
 
     def prompts(self) -> list[str | list[int]]:
         """One text or list of token ids for each prompt."""
-        one = isinstance(self.prompt, str) or (len(self.prompt) > 0 and isinstance(self.prompt[0], int))
-        prompts: Any = [self.prompt] if one else self.prompt
-        if not prompts:
-            raise bad_request("prompt: an empty list", "prompt")
+        prompts = _one_or_many("prompt", self.prompt)
         if len(prompts) * max(self.n or 1, 1) > MAX_PROMPTS:
             raise bad_request(f"{len(prompts)} prompts, n = {self.n or 1}: at most {MAX_PROMPTS} answers", "prompt")
         return prompts
@@ -161,8 +158,15 @@ class EmbeddingsRequest(Body):
     input: str | list[str] | list[int] | list[list[int]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: int | None = Field(None, json_schema_extra={"minimum": 1})
     user: str | None = None
+
+    def texts(self) -> list[str | list[int]]:
+        """One text or list of token ids for each vector."""
+        texts = _one_or_many("input", self.input)
+        if len(texts) > MAX_PROMPTS:
+            raise bad_request(f"input: {len(texts)} texts, at most {MAX_PROMPTS}", "input")
+        return texts
 
 
 class TokenizeRequest(Body):
@@ -178,6 +182,12 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[int]
+
+
+def _one_or_many(name: str, given: Any) -> list[str | list[int]]:
+    if not given and not isinstance(given, str):
+        raise bad_request(f"{name}: an empty list", name)
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 def _positive(name: str, value: int | None, default: int | None) -> int:

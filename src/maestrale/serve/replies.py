@@ -15,10 +15,10 @@ from maestrale.llm import Completion
 from maestrale.serve import view
 from maestrale.serve.answers import PING, EventStream, event, ignored_header
 from maestrale.serve.context import Context
+from maestrale.serve.job import Job, Work
 from maestrale.serve.logprobs import chat_logprobs
 from maestrale.serve.problems import bad_request
 from maestrale.serve.protocol import Sampling
-from maestrale.serve.service import Job, Work
 from maestrale.serve.usage import usage
 
 
