@@ -107,17 +107,17 @@ class Grammars:
     def _compile(self, constraint: Constraint, drops_space: bool) -> Matcher:
         from llguidance import LLMatcher, LLParserLimits
 
-        if (
-            constraint.calls and constraint.kind and not constraint.must_call
-        ):  # an error in the text's part is told as its own
-            self._compile(Constraint(constraint.kind, constraint.text, param="response_format"), drops_space)
+        holds_text = constraint.kind is not None and not constraint.must_call
+        if holds_text and (drops_space or constraint.calls):  # the text's own faults are told first, and as its own
+            param = "response_format" if constraint.calls else constraint.param
+            self._compile(Constraint(constraint.kind, constraint.text, param=param), False)
         grammar = json.dumps({"grammars": _grammars(constraint, drops_space)})
         limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False)
         matcher = LLMatcher(self._trie, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _wrong(constraint, matcher.get_error())
-        drops = drops_space and constraint.kind is not None and not constraint.must_call
-        return Matcher(matcher, constraint, self._vocabulary, _first(self._vocabulary) if drops else None)
+        first = _first(self._vocabulary) if drops_space and holds_text else None
+        return Matcher(matcher, constraint, self._vocabulary, first)
 
 
 def _grammars(constraint: Constraint, drops_space: bool) -> list[dict[str, Any]]:
