@@ -69,7 +69,7 @@ def sample(
     allowed: bool [vocab], the tokens that a constraint allows; None where there is none.
     Raises RequestError where the logits hold NaN or +inf, or where no token is possible.
     """
-    x: NDArray = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
+    x: NDArray = logits if allowed is None else _held_to(allowed, logits)
     if params.logit_bias:
         x = x.astype(np.float64)
         for token, bias in params.logit_bias.items():
@@ -139,6 +139,12 @@ def _from_threshold(x: NDArray, threshold: float, count: int) -> NDArray[np.int6
         return ids
     ties = np.flatnonzero(x[ids] == threshold)
     return np.delete(ids, ties[count - ids.size :])
+
+
+def _held_to(allowed: NDArray[np.bool_], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """-inf where not allowed; NaN stays. By arithmetic: a choice for each token, as np.where makes, costs ten times."""
+    ceiling = (allowed.astype(np.float32) - np.float32(0.5)) * np.float32(np.inf)
+    return np.minimum(logits, ceiling)
 
 
 def _penalises(params: SamplingParams) -> bool:
