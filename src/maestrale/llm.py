@@ -200,7 +200,7 @@ class LLM:
             pass
         answer = _ordered(request)[0]
         if tools:
-            answer.text, calls = self.tokenizer.read_calls(str(ids)).push(answer.token_ids, answer.text)
+            answer.text, calls = self.tokenizer.read_calls(str(ids)).push(answer.token_ids, answer.text, ended=True)
             answer.tool_calls = calls
             if calls and answer.finish_reason == "stop":
                 answer.finish_reason = "tool_calls"

@@ -10,6 +10,7 @@ from maestrale.serve.context import Context
 from maestrale.serve.job import Work
 from maestrale.serve.protocol import ChatRequest
 from maestrale.serve.replies import answer
+from maestrale.serve.tools import prepare
 
 
 async def chat(context: Context, request: Request) -> Response:
@@ -19,6 +20,6 @@ async def chat(context: Context, request: Request) -> Response:
 
 async def _chat(context: Context, body: ChatRequest, tenant: str) -> Response:
     adapter = context.models[context.require_model(body.model)]
-    params = body.chat_params()
-    ids = await context.in_worker(context.llm.tokenizer.encode_chat, body.messages)
-    return await answer(context, body, Work(ids, params, True, adapter, tenant), "messages")
+    ids, params = await context.in_worker(prepare, context.llm.tokenizer, body)
+    work = Work(ids, params, True, adapter, tenant)
+    return await answer(context, body, work, "messages", calls=bool(body.tools))
