@@ -589,6 +589,7 @@ def test_the_page_looks_right_in_both_colours(page):
 
 # Markdown
 
+LINK = '<a href="{0}" target="_blank" rel="noopener noreferrer nofollow">{0}</a>'
 SAMPLES = {
     "a *b* **c** `d` ~~e~~": "<p>a <em>b</em> <strong>c</strong> <code>d</code> <del>e</del></p>",
     "snake_case_name and 2*3*4": "<p>snake_case_name and 2<em>3</em>4</p>",
@@ -601,6 +602,9 @@ SAMPLES = {
     r"\*a\* \# b": "<p>*a* # b</p>",
     "[x](javascript:y) [z](/etc)": "<p>x z</p>",
     "a  \nb": "<p>a<br>b</p>",
+    "<https://a.b/c?d=(e)>, https://a.b.": (
+        f"<p>{LINK.format('https://a.b/c?d=(e)')}, {LINK.format('https://a.b')}.</p>"
+    ),
     "**a *b* c**": "<p><strong>a <em>b</em> c</strong></p>",
 }
 RENDER = """

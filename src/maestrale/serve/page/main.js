@@ -74,7 +74,7 @@ function render() {
     make("p", { class: "hello", text: talk.form === "text" ? "Begin a story, and the model goes on." : "What would you like to talk about?" }),
     ...STARTS[talk.form].map((start) => make("button", { class: "start", type: "button", text: start, on: { click: () => send(start) } })),
   );
-  $("say").placeholder = talk.form === "text" ? (nodes.length ? "Write on, or leave it empty and let the model go on" : "Once upon a time…") : "Message";
+  $("say").placeholder = talk.form === "text" ? (nodes.length ? "Write on, or let the model go on" : "Once upon a time…") : "Message";
   $("hint").textContent = card.maestrale.chats || talk.form === "chat" ? "Enter sends, Shift+Enter begins a new line" : "This model has not learnt to chat: it goes on with your text.";
   controls();
   $("scroll").scrollTop = $("scroll").scrollHeight;

@@ -14,6 +14,7 @@ const INLINE = new RegExp(
     "(?<![\\w])_(?=[^\\s_])([^_]{1,LONG}?)_(?![\\w])",
     "~~(?=\\S)([^~]{1,LONG}?)~~",
     "!?\\[([^\\[\\]]{0,LONG})\\]\\(\\s{0,4}<?([^()\\s<>]{0,LONG})>?[^()]{0,200}\\)",
+    "<(https?:\\/\\/[^\\s<>]{1,LONG})>",
     "(https?:\\/\\/[^\\s<>()\\[\\]\"'`]{1,LONG})",
     "\\\\([!-/:-@\\[-`{-~])",
     "( {2,9}\\n|\\\\\\n)",
@@ -45,12 +46,13 @@ export function inline(text, depth = 0) {
     for (const m of text.matchAll(INLINE)) {
       if (m.index > from) nodes.push(text.slice(from, m.index));
       from = m.index + m[0].length;
-      const [, , code, strong, strong2, em, em2, strike, label, target, bare, escaped, newline] = m;
+      const [, , code, strong, strong2, em, em2, strike, label, target, angled, bare, escaped, newline] = m;
       if (code !== undefined) nodes.push(make("code", { text: code.replace(/^ (.*) $/, "$1") }));
       else if (strong ?? strong2) nodes.push(make("strong", {}, ...inline(strong ?? strong2, depth + 1)));
       else if (em ?? em2) nodes.push(make("em", {}, ...inline(em ?? em2, depth + 1)));
       else if (strike) nodes.push(make("del", {}, ...inline(strike, depth + 1)));
       else if (target !== undefined) nodes.push(...link(target, ...inline(label || target, depth + 1)));
+      else if (angled) nodes.push(...link(angled, angled));
       else if (bare) {
         const address = bare.replace(/[.,;:!?]+$/, "");
         nodes.push(...link(address, address), bare.slice(address.length));

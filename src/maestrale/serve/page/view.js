@@ -24,7 +24,7 @@ export class View {
     this.experts = make("section", { class: "experts" }, make("h3", { text: "Experts" }), make("p", { class: "note", text:
       "A column for each token, a row for each layer; above the router’s first choice, below its second." }), this.canvas, this.legend);
     root.replaceChildren(
-      make("section", {}, make("h3", { text: "Tokens" }), make("p", { class: "note" }, "The warmer, the less the model expected it.",
+      make("section", {}, make("h3", { text: "Tokens" }), make("p", { class: "note legend-line" }, "The warmer, the less the model expected it.",
         make("span", { class: "scale", "aria-hidden": "true" })), this.text),
       make("section", { class: "one" }, this.detail),
       this.experts,
