@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from tiny import MIXTURE, hf_greedy, make_folder
 
+from maestrale.cli.conversation import Chat
 from maestrale.cli.reading import is_open, unfenced
+from maestrale.cli.session import Session
 from maestrale.cli.strip import colour, strip
 from maestrale.cli.writing import finished, harmless, write_markdown
 from maestrale.llm import LLM
@@ -194,6 +196,19 @@ def test_a_file_that_is_no_chat_is_refused_and_nothing_changes(command, models, 
     assert run.out == out(*answers(llm, "one", "two"))
     assert run.err.count("\n") == 1
     assert str(path) in run.err
+
+
+def test_a_turn_computes_only_what_is_new(llm, monkeypatch, capsys):
+    computed, step = [], llm._engine.runner.step
+    monkeypatch.setattr(llm._engine.runner, "step", lambda batch: computed.append(len(batch.token_ids)) or step(batch))
+    session = Session(llm, "tiny", Chat(llm.tokenizer), SamplingParams(max_tokens=4, temperature=0))
+    session.reply("a" * 150)
+    first = sum(computed)
+    computed.clear()
+    session.reply("b")
+    assert first > 150
+    # The template's tokens, the reply, the line, and what did not fill a page of the first turn.
+    assert sum(computed) < 40 + llm._engine.runner.layout.page_size
 
 
 def test_show_tells_the_context(command, models, llm):
