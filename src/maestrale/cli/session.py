@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -75,7 +76,8 @@ class Session:
                 "prompt",
             )
         said = self.said = Said()
-        self.write(self._texts(ids, said))
+        with _no_echo() if self.terminal else nullcontext():
+            self.write(self._texts(ids, said))
         self.conversation.add(line, said.text, said.token_ids)
         self.used = len(ids) + len(said.token_ids)
         if self.terminal:
@@ -119,6 +121,18 @@ class Session:
                     break
             stream.close()  # type: ignore[attr-defined]  # its pages are free from here on
         said.seconds = time.perf_counter() - started if started else 0.0
+
+
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """Within, keys are not shown: they would stand in the middle of the reply, ^C too. What is typed is not lost."""
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import numpy as np
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
+from maestrale.config import ModelConfig
 from maestrale.errors import MemoryLimitError, UsageError
 from maestrale.native_backend.load import load_model
 
@@ -22,8 +23,8 @@ MAX_THREADS = 1024
 class NativeRunner:
     """A model and its cache on this machine's processor. model: the extension's Model."""
 
-    def __init__(self, model: Any, layout: CacheLayout, vocab_size: int):
-        self.model, self._layout, self._vocab_size = model, layout, vocab_size
+    def __init__(self, model: Any, layout: CacheLayout, config: ModelConfig):
+        self.model, self._layout, self._config = model, layout, config
 
     @property
     def layout(self) -> CacheLayout:
@@ -31,7 +32,10 @@ class NativeRunner:
 
     def step(self, batch: Batch) -> StepOutput:
         with _memory_errors():
-            logits = np.empty((len(batch.logit_rows), self._vocab_size), np.float32)
+            config, chosen = self._config, None
+            logits = np.empty((len(batch.logit_rows), config.vocab_size), np.float32)
+            if batch.experts and config.moe:
+                chosen = np.empty((config.n_layers, len(batch.token_ids), config.moe.num_experts_per_tok), np.int16)
             self.model.step(
                 batch.token_ids,
                 batch.positions,
@@ -40,8 +44,10 @@ class NativeRunner:
                 batch.copies,
                 batch.logit_rows,
                 logits=logits,
+                chosen=chosen,
             )
-        return StepOutput(logits)
+            experts = None if chosen is None else chosen[:, batch.logit_rows].swapaxes(0, 1)
+        return StepOutput(logits, experts)
 
 
 @contextmanager
@@ -63,7 +69,7 @@ def open_runner(
     """The checkpoint's model, with a cache in `dtype` ("F32" or "BF16") and linear layers as `load_model` says."""
     with _memory_errors():
         model = load_model(checkpoint, layout, weights, half=dtype == "BF16", threads=threads, progress=progress)
-    return NativeRunner(model, layout, checkpoint.config.vocab_size)
+    return NativeRunner(model, layout, checkpoint.config)
 
 
 def choose_threads(asked: int | None = None) -> int:

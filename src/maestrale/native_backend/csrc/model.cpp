@@ -330,9 +330,15 @@ void Model::mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int
   });
   sort_rows(in, E, rows, order);
   if (chosen != nullptr && thread == 0)
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t k = 0; k < K; ++k)
-        chosen[(original ? original[row] : row) * K + k] = int16_t(in.experts.data()[row * K + k]);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int32_t* experts = in.experts.data() + row * K;
+      const float* shares = in.shares.data() + row * K;
+      for (int64_t k = 0; k < K; ++k) {  // the largest share first, of equal ones the lower expert
+        int64_t place = 0;
+        for (int64_t j = 0; j < K; ++j) place += shares[j] > shares[k] || (shares[j] == shares[k] && j < k);
+        chosen[(original ? original[row] : row) * K + place] = int16_t(experts[k]);
+      }
+    }
   // The rows of an expert side by side; a single row is used where it lies.
   if (rows > 1) {
     for (auto [place, last] = share(rows * K, thread); place < last; ++place)

@@ -57,7 +57,7 @@ struct Step {
   const float* hidden_in;  // [rows][dim], where the embeddings are on another stage
   float* hidden_out;       // [rows][dim], where the head is on another stage
   float* logits;           // [wanted][vocab]
-  int16_t* chosen;         // [layers][rows][n_chosen] experts, or null; rows that a layer leaves out stay as they are
+  int16_t* chosen;         // [layers][rows][n_chosen] experts, the likeliest first, or null; rows a layer leaves out stay as they are
 };
 
 class Model {

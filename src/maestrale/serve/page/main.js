@@ -211,8 +211,10 @@ async function write(parent) {
   };
   try {
     for await (const event of events(route, body, now.abort.signal)) {
-      cache = event.cache ?? cache;
-      node.cache = cache;
+      if (event.cache) {
+        const freed = cache && !event.cache.kinds.some((kind) => kind.held); // its last event comes when its pages are free
+        node.cache = cache = freed ? { ...event.cache, kinds: cache.kinds } : event.cache;
+      }
       for (const choice of event.choices) {
         node.content += choice.text ?? choice.delta.content ?? "";
         for (const token of tokensOf(choice)) {

@@ -146,8 +146,8 @@ export class View {
     const meters = [meter("Context", cache.tokens, this.card.context, "tokens")];
     for (const { window, held, pages } of cache.kinds) {
       if (window) meters.push(meter(`Window of ${window.toLocaleString("en")}`, Math.min(cache.tokens, window), window,
-        cache.tokens > window ? `full: ${(cache.tokens - window).toLocaleString("en")} tokens have rolled out of it` : "tokens"));
-      meters.push(meter(window ? "Its pages, of all sequences" : "Pages, of all sequences", held, pages, "held"));
+        cache.tokens > window ? `· ${(cache.tokens - window).toLocaleString("en")} rolled out` : "tokens"));
+      meters.push(meter(window ? "Its pages, over all sequences" : "Pages, over all sequences", held, pages, "held"));
     }
     this.memory.replaceChildren(...meters);
   }
