@@ -193,6 +193,18 @@ def test_a_server_with_keys_shows_the_page_to_those_who_have_one(start):
     assert server.get("/page/main.js", basic).status == 200
 
 
+@in_browser
+def test_the_browsers_own_question_for_a_key_lets_the_page_ask(driver, start):
+    server = start("--api-key", "secret-key-1")
+    one = Page(driver, server)
+    driver.get_log("browser")
+    driver.get(f"http://me:secret-key-1@127.0.0.1:{server.port}/")
+    one.until(lambda: one.one("#model").text not in ("", "…"))
+    one.run("document.getElementById('say').value = 'hello'; document.getElementById('composer').requestSubmit()")
+    one.until(lambda: one.all(".assistant .actions button"))
+    assert one.complaints() == []
+
+
 # What the page asks for: the model view's fields
 
 
