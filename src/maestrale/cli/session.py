@@ -36,10 +36,20 @@ class Said:
 
 
 class Session:
-    """name: the model's, for the status line. plain: no Markdown, which only chats on a terminal have anyway."""
+    """name: the model's, for the status line. plain: no Markdown, which only chats on a terminal have anyway.
+    adapter: the name of one of the model's adapters, to go through."""
 
-    def __init__(self, llm: LLM, name: str, conversation: Conversation, params: SamplingParams, plain: bool = False):
+    def __init__(
+        self,
+        llm: LLM,
+        name: str,
+        conversation: Conversation,
+        params: SamplingParams,
+        plain: bool = False,
+        adapter: str | None = None,
+    ):
         self.llm, self.name, self.conversation, self.params = llm, name, conversation, params
+        self.adapter = adapter
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         markdown = self.terminal and not plain and conversation.form == "chat"
         self.write = write_markdown if markdown else write_plain
@@ -106,7 +116,7 @@ class Session:
         params = self.params
         if params.seed is not None:
             params = replace(params, seed=params.seed + self.retries)  # a retry is another draw, and repeatable too
-        stream = self.llm.stream(ids, params, reply=self.conversation.replies)
+        stream = self.llm.stream(ids, params, reply=self.conversation.replies, adapter=self.adapter)
         started = None
         with _interruptible() as interrupted:
             for piece in stream:
