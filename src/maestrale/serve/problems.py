@@ -38,9 +38,11 @@ class ApiError(Exception):
         headers = self.headers | {"x-should-retry": "false" if self.retry_after is None else "true"}
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
+        answer = JSONResponse(self.body(), self.status, headers)
         if self.status == 401:
-            headers["www-authenticate"] = 'Bearer, Basic realm="maestrale"'
-        return JSONResponse(self.body(), self.status, headers)
+            for scheme in ("Bearer", "Basic"):  # a line each: Chromium reads only the first scheme of a line
+                answer.headers.append("www-authenticate", f'{scheme} realm="maestrale"')
+        return answer
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
