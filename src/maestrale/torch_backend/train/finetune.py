@@ -106,6 +106,7 @@ def finetune(
                 heldout_loss=loss,
                 heldout_accuracy=_accuracy(model, data.heldout, settings),
             )
+            ranks.rest(model)
             _export(model, checkpoint, settings, run, result, labels, force)
     return result
 

@@ -146,6 +146,7 @@ def evaluate(
             loss, _ = objective.loss(model, parts[min(number, len(parts) - 1)])
         if number < len(parts):
             total += loss.cpu()
+    ranks.rest(model)
     return ranks.sum(total).item(), objective.weight(rows)
 
 
