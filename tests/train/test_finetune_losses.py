@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tiny import DENSE, MIXTURE, WINDOWED, hf_model, native_weights, tokens, write_native
+from tiny import DENSE, MIXTURE, TIED, WINDOWED, hf_model, native_weights, tokens, write_native
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -90,8 +90,11 @@ def nll(model, one: Sample) -> torch.Tensor:
     return (each * torch.from_numpy(one.weights[1:])).sum()
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "full"])
-@pytest.mark.parametrize("config", [WINDOWED, MIXTURE], ids=["windowed", "mixture"])
+@pytest.mark.parametrize(
+    ("method", "config"),
+    [("lora", WINDOWED), ("dora", WINDOWED), ("full", WINDOWED), ("lora", MIXTURE), ("full", MIXTURE), ("full", TIED)],
+    ids=["lora-windowed", "dora-windowed", "full-windowed", "lora-mixture", "full-mixture", "full-tied"],
+)
 def test_twenty_steps_on_packed_samples_are_those_of_transformers_on_each_alone(method, config, tmp_path):
     made = settings(method=method, targets=("attention",) if config.moe else ("attention", "ffn", "head"), rank=4)
     samples = [sample(9 + 3 * (i % 8), seed=i) for i in range(24)]
@@ -236,15 +239,17 @@ def test_a_4_bit_layer_is_within_half_a_step_of_its_weight_and_learns_as_that_we
     from maestrale.torch_backend.train.int4 import Int4Linear
 
     dtype = torch.bfloat16 if bf16 else torch.float32
+    draw = torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(64, 24, bias=False, dtype=dtype)
+    layer.weight.data.copy_(torch.randn(24, 64, generator=draw))
     layer.weight.data[0, :32] = 0
     packed = Int4Linear(layer, 32)
     assert packed.packed.numel() == 24 * 32
     steps = layer.weight.float().unflatten(1, (2, 32)).abs().amax(2) / 8
     error = (packed.weight.float() - layer.weight.float()).unflatten(1, (2, 32)).abs().amax(2)
     assert (error <= (1.02 if not bf16 else 1.15) * steps).all()  # half a step, a whole one where 8 is cut to 7
-    assert (error.mean() <= 0.7 * steps.mean()).all()
-    x = torch.randn(5, 64, dtype=dtype, requires_grad=True)
+    assert error.mean() <= 0.75 * steps.mean()
+    x = torch.randn(5, 64, generator=draw).to(dtype).requires_grad_()
     packed(x).square().sum().backward()
     grad = x.grad.clone()
     x.grad = None

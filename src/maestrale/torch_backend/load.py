@@ -35,6 +35,8 @@ def load_model(
     if checkpoint.config.tied_embeddings:
         state["output.weight"] = state["tok_embeddings.weight"]
     model.load_state_dict(state, assign=True)
+    if checkpoint.config.tied_embeddings:
+        model.output.weight = model.tok_embeddings.weight  # one parameter, not two on the same memory
     return model.requires_grad_(False).eval()
 
 

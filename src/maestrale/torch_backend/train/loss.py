@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
+from torch.utils.checkpoint import checkpoint
 
 from maestrale.batch import visible
 from maestrale.torch_backend.model import Attend, Transformer
@@ -52,12 +53,21 @@ def packed_attend(documents_BL: torch.Tensor, windows: tuple[int | None, ...]) -
         for start in range(0, L, _BLOCK):
             rows = slice(start, start + _BLOCK)
             keys = slice(0 if window is None else max(0, start - window + 1), start + _BLOCK)
-            scores = (q[:, :, rows] @ k[:, :, keys].mT).float() * q.shape[-1] ** -0.5
-            weights = torch.softmax(scores.masked_fill(~mask[:, :, rows, keys], -torch.inf), dim=-1)
-            blocks.append(weights.to(v.dtype) @ v[:, :, keys])
+            part = q[:, :, rows], k[:, :, keys], v[:, :, keys], mask[:, :, rows, keys]
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                # The weights are computed again for the gradient: kept, they would be most of what a layer keeps.
+                blocks.append(checkpoint(_attend_block, *part, use_reentrant=False, preserve_rng_state=False))
+            else:
+                blocks.append(_attend_block(*part))
         return torch.cat(blocks, 2).transpose(1, 2).flatten(0, 1)
 
     return attend
+
+
+def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # N6
+    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)  # N7
+    return weights.to(v.dtype) @ v
 
 
 def packed_hidden(model: Transformer, tokens_BL: torch.Tensor, documents_BL: torch.Tensor) -> torch.Tensor:
