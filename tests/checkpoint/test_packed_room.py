@@ -5,8 +5,6 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from maestrale.checkpoint.dtypes import STORAGE
@@ -126,14 +124,14 @@ def test_beside_a_native_file_the_packed_one_is_taken_with_a_warning(tmp_path, n
         assert open_checkpoint(source).layout == "packed"
 
 
-@given(place=st.integers(0, 4000), byte=st.integers(0, 255))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_changed_byte_of_the_header_is_refused_or_harmless(packed_folder, place, byte):
+def test_a_changed_byte_of_the_header_is_refused_or_harmless(packed_folder):
     """Nothing but our own errors, whichever byte it is."""
-    path = packed_folder() / "packed.safetensors"
-    data = bytearray(path.read_bytes())
-    data[place % len(data)] = byte
-    path.write_bytes(data)
-    with suppress(CheckpointError), open_checkpoint(path.parent) as checkpoint:
-        for name in checkpoint.names():
-            checkpoint.tensor(name)
+    path, rng = packed_folder() / "packed.safetensors", np.random.default_rng(0)
+    original = path.read_bytes()
+    for place, byte in zip(rng.integers(0, 4000, 100), rng.integers(0, 256, 100), strict=True):
+        data = bytearray(original)
+        data[place] = byte
+        path.write_bytes(data)
+        with suppress(CheckpointError), open_checkpoint(path.parent) as checkpoint:
+            for name in checkpoint.names():
+                checkpoint.tensor(name)
