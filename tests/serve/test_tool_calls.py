@@ -14,6 +14,7 @@ import openai
 import pytest
 from live import Live
 from pydantic import BaseModel, ConfigDict
+from test_clients import SCRIPTS, program, run
 from tiny import DENSE, make_folder, write_tekken
 
 from maestrale import LLM, SamplingParams
@@ -92,7 +93,7 @@ def streamed(client, **fields):
                     assert call.type == "function"
                     calls.append([call.function.name, call.function.arguments])
                     continue
-                assert (call.id, call.function.name, call.index) == (None, None, len(calls) - 1)
+                assert (call.id, call.function.name, call.index) == (None, "", len(calls) - 1)
                 calls[-1][1] += call.function.arguments
     return text, [tuple(call) for call in calls], reason
 
@@ -223,6 +224,11 @@ def test_the_clients_own_parsing_of_models_and_tools_works(client):
     tool = openai.pydantic_function_tool(Wind)
     message = client.chat.completions.parse(**asked, tools=[tool], tool_choice="required").choices[0].message
     assert all(isinstance(call.function.parsed_arguments, Wind) for call in message.tool_calls)
+    with client.chat.completions.stream(**asked, tools=[tool], tool_choice="required") as stream:
+        again = stream.get_final_completion().choices[0].message
+    assert [c.function.parsed_arguments for c in again.tool_calls] == [
+        c.function.parsed_arguments for c in message.tool_calls
+    ]
 
 
 def test_a_json_object_is_an_object(client, served):
@@ -311,3 +317,14 @@ def test_a_grammar_that_leads_nowhere_fails_alone(served):
     assert event["error"]["param"] == "response_format"
     assert served.chat("hello").status == 200
     assert served.pages_used() == 0
+
+
+# Other clients, where they are installed (test_clients.py says how)
+
+
+def test_the_mistral_client_calls_tools(served):
+    assert "ok" in run(program("mistralai", "python"), SCRIPTS / "mistral_tools.py", served.url)
+
+
+def test_langchain_calls_tools(served, client):
+    assert "ok" in run(program("langchain", "python"), SCRIPTS / "langchain_tools.py", served.url, client.name)

@@ -84,9 +84,10 @@ class Answers:
 
 
 def call_delta(call: ToolCall) -> dict[str, Any]:
-    """A piece of a call as a stream's delta has it."""
+    """A piece of a call as a stream's delta has it. Later pieces have an empty name: Mistral's client demands one, and
+    others add it to the first."""
     if call.name is None:
-        return {"index": call.index, "function": {"arguments": call.arguments}}
+        return {"index": call.index, "function": {"name": "", "arguments": call.arguments}}
     return {"index": call.index} | call_json(call)
 
 
