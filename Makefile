@@ -13,11 +13,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.user: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[torch]'
+	$(PIP) --editable '.[torch,serve]'
 	touch $@
 
 $(VENV)/.developer: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[torch,train,plot,dev]'
+	$(PIP) --editable '.[torch,serve,train,plot,dev]'
 	touch $@ $(VENV)/.user
 
 demo: $(VENV)/.user

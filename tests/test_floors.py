@@ -9,14 +9,14 @@ import pytest
 import maestrale
 
 ROOT = Path(maestrale.__file__).parent
-F0 = ("errors", "config", "plan", "batch", "memory")
+F0 = ("errors", "config", "plan", "mesh", "batch", "memory")
 FLOORS = [
     F0,
     ("text", "checkpoint", "sampling"),
     ("engine",),
     ("torch_backend", "native_backend"),
-    ("launch", "llm"),
-    ("cli",),
+    ("launch", "llm", "reader"),
+    ("cli", "serve"),
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 FRAMEWORKS = {"torch", "jax", "mindspore", "transformers"}
@@ -66,10 +66,12 @@ def test_the_command_line_starts_without_a_framework_or_a_backend(module):
     assert "torch_backend" not in {part(name) for name in at_top}
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) == "cli" and m != "cli.bench"))
-def test_the_command_line_reaches_engines_through_llm_only(module):
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in ("cli", "serve") and m != "cli.bench"))
+def test_the_command_line_and_the_server_reach_engines_through_llm_only(module):
     reached = {part(name) for name in ours(imports(module))}
-    assert not reached & ({"engine"} if module == "cli.train" else {"engine", "torch_backend"})
+    assert not reached & (
+        {"engine"} if module in ("cli.train", "cli.quantize", "cli.finetune") else {"engine", "torch_backend"}
+    )
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in ("torch_backend", "native_backend")))

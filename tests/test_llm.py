@@ -1,5 +1,6 @@
 """LLM, the Python face: what goes in, what comes out, and what is refused before any weight is read."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -122,7 +123,66 @@ def test_a_stream_that_is_left_frees_its_pages(llm):
     assert llm._engine.has_work
     stream.close()
     assert not llm._engine.has_work
-    assert [len(free) for free in llm._engine.pages.free] == list(llm._engine.pages.layout.pages)
+    assert llm._engine.pages.available == list(llm._engine.pages.layout.pages)
+
+
+WIND = {
+    "type": "function",
+    "function": {
+        "name": "wind",
+        "parameters": {
+            "type": "object",
+            "properties": {"from": {"enum": ["NE", "NW"]}, "knots": {"type": "integer", "minimum": 0, "maximum": 60}},
+            "required": ["from", "knots"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def long(model, tmp_path_factory):
+    """The same model where a chat with tools fits."""
+    folder = tmp_path_factory.mktemp("long")
+    write_native(folder, CONFIG, native_weights(model, CONFIG), max_position_embeddings=1024)
+    write_tekken(folder)
+    return LLM(folder)
+
+
+ASK = [{"role": "user", "content": "Which wind?"}]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_calls_of_a_chat_fit_their_schema_whatever_the_model_says(long, seed):
+    params = SamplingParams(max_tokens=100, temperature=1.5, seed=seed)
+    answer = long.chat(ASK, params, tools=[WIND], tool_choice="required", parallel_tool_calls=False)
+    assert (answer.finish_reason, answer.text) == ("tool_calls", "")
+    (call,) = answer.tool_calls
+    arguments = json.loads(call.arguments)
+    assert (call.index, call.name, arguments["from"] in ("NE", "NW")) == (0, "wind", True)
+    assert arguments["knots"] in range(61)
+    history = [*ASK, {"role": "assistant", "tool_calls": [{"id": call.id, "function": {**vars(call)}}]}]
+    long.tokenizer.encode_chat([*history, {"role": "tool", "tool_call_id": call.id, "content": "ok"}], [WIND])
+
+
+def test_a_chat_with_tools_may_be_answered_in_words(long):
+    answer = long.chat(ASK, GREEDY, tools=[WIND], tool_choice="none")
+    assert (answer.tool_calls, len(answer.text) > 0, answer.finish_reason) == ([], True, "length")
+    assert long.chat(ASK, GREEDY).tool_calls is None
+
+
+def test_the_words_of_a_chat_with_tools_keep_to_their_constraint(long):
+    params = replace(GREEDY, max_tokens=40, constraint={"regex": "It blows from (NE|NW)[.]"})
+    answer = long.chat(ASK, params, tools=[WIND], tool_choice="none")
+    assert answer.text in ("It blows from NE.", "It blows from NW.")
+    both = long.chat(ASK, replace(params, logit_bias={long.tokenizer.encode("I")[1]: 50.0}), tools=[WIND])
+    assert (both.text, both.finish_reason) == (answer.text, "stop")
+
+
+def test_a_chat_without_tools_cannot_require_one(llm):
+    with pytest.raises(RequestError) as error:
+        llm.chat(ASK, GREEDY, tool_choice="required")
+    assert error.value.param == "tool_choice"
 
 
 def test_chat_continues_the_chat_form(llm):
@@ -231,7 +291,7 @@ def test_a_reader_may_stop_a_stream_while_the_prompt_is_read(folder):
     stream = llm.stream([[1, *([40] * 39)]], GREEDY)
     assert [next(stream).token_ids for _ in range(4)] == [[]] * 4  # 32 of 40 tokens
     stream.close()
-    assert [len(free) for free in llm._engine.pages.free] == list(llm._engine.runner.layout.pages)
+    assert llm._engine.pages.available == list(llm._engine.runner.layout.pages)
 
 
 def test_progress_counts_tokens_up_to_all_there_can_be(folder):

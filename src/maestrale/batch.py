@@ -7,7 +7,7 @@ sees (`visible`). They are written with plain operators, so numpy and torch arra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,8 @@ class Batch:
     tables: for each kind of layer, int64 [B, ring] page numbers (entries not yet granted are 0 and never read).
     copies: for each kind, int64 [n, 2] pages (from, to) to copy before anything is written (copy on write).
     logit_rows: int64 [N], the rows of T whose logits are wanted.
+    experts: whether it is also wanted which experts those rows went through.
+    adapters: int64 [B], the number of each sequence's adapter, -1 for none; None where no sequence has one.
     """
 
     token_ids: NDArray[np.int64]
@@ -61,13 +63,20 @@ class Batch:
     tables: tuple[NDArray[np.int64], ...]
     copies: tuple[NDArray[np.int64], ...]
     logit_rows: NDArray[np.int64]
+    experts: bool = False
+    adapters: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """logits: float32 [N, vocab], the rows of `Batch.logit_rows` in order."""
+    """logits: float32 [N, vocab], the rows of `Batch.logit_rows` in order.
+
+    experts: int16 [N, layers, K], for each of those rows and each layer the experts that it went through, the one the
+    router scored highest first; None where it was not asked for, or the model is no mixture.
+    """
 
     logits: NDArray[np.float32]
+    experts: NDArray[np.int16] | None = None
 
 
 class Runner(Protocol):
@@ -77,3 +86,15 @@ class Runner(Protocol):
     def layout(self) -> CacheLayout: ...
 
     def step(self, batch: Batch) -> StepOutput: ...
+
+
+@runtime_checkable
+class Pipelined(Runner, Protocol):
+    """A runner of several stages that work at the same time: up to `depth` steps may be under way. Outputs come in the
+    order of the batches; pages may be used again in a later batch, whatever is under way."""
+
+    depth: int
+
+    def send(self, batch: Batch) -> None: ...
+
+    def receive(self) -> StepOutput: ...

@@ -39,6 +39,12 @@ class CheckpointError(MaestraleError):
     exit_code = 3
 
 
+class DataError(MaestraleError):
+    """Training data with lines that cannot be used; the message names them."""
+
+    exit_code = 3
+
+
 class MemoryLimitError(MaestraleError):
     """Something does not fit into memory; the message says what would."""
 
@@ -53,6 +59,12 @@ class DiskError(MaestraleError):
     """Too little space, or an output that cannot be written."""
 
     exit_code = 5
+
+
+class DistributedError(MaestraleError):
+    """A rank that died, hangs, or cannot do its part; the message names rank, host and cause."""
+
+    exit_code = 6
 
 
 SIGINT_EXIT = 130

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
+from maestrale.batch import CacheLayout, Runner
+from maestrale.checkpoint.adapter import open_adapter
+from maestrale.checkpoint.classifier import read_classifier
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
@@ -16,12 +21,22 @@ from maestrale.engine.engine import Engine
 from maestrale.engine.layout import longest_fit, make_layout, sequence_bytes
 from maestrale.errors import CheckpointError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory, cache_budget
+from maestrale.mesh import Mesh
 from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from maestrale.torch_backend.parallel.link import Link
+
+T = TypeVar("T")
+RANKS = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"}  # one of these is set in a process that torchrun or mpirun started
 BUNDLED = Path(__file__).parent / "models"
 
 
+_BACKENDS = ("auto", "native", "torch")
+_WEIGHTS = ("auto", "bf16", "int8", "int4")
+_BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
 _MAX_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step where nothing else is asked for
 
 
@@ -37,16 +52,38 @@ class Options:
     max_batch_tokens: int | None = None
     max_sequences: int = 64
     ignore_unexpected: bool = False
+    threads: int | None = None
+    prefix_cache: bool = True
+    speculate: bool = True
+    pipeline: int | None = None
+    tensor: int | None = None
+    expert: int = 1
+    timeout: float = 120.0  # seconds, of a rank that should answer
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
+    output: str = "logits"  # or "hidden", what the output layer reads; or "classes", a classifier's scores
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A model that is ready to run. tokenizer_error: why there is none, where there is none."""
+    """A model that is ready to run, and on what. tokenizer_error: why there is none, where there is none.
+
+    dtype: what it computes in, a safetensors name. tensor_bytes: what each tensor takes in memory, by canonical name.
+    labels: a classifier's, where it is one that runs.
+    """
 
     config: ModelConfig
     engine: Engine
     tokenizer: Tokenizer | None
     tokenizer_error: CheckpointError | None
+    backend: str
+    device: str
+    dtype: str
+    tensor_bytes: dict[str, float]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def description(self) -> str:
+        return f"{self.backend}, {self.device}, {self.dtype}"
 
 
 def model_folder(path: str | Path | None) -> Path:
@@ -75,43 +112,160 @@ def launch(
     """Checks all that can be checked without a weight, then loads. Errors: UsageError, ConfigError, CheckpointError,
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     _check(options)
-    with open_checkpoint(model_folder(path), options.ignore_unexpected) as checkpoint:
+    link = _link(options)
+    if link is not None and options.adapters:
+        raise UsageError("adapters do not run over several ranks: merge the adapter into its model first")
+    if link is not None and options.output != "logits":
+        raise UsageError("embeddings and classes are not computed over several ranks: start a single process")
+    together = link.agree if link else _alone
+    with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
-        device = _device(options.device)
-        wanted = "bfloat16" if options.weights == "bf16" else options.dtype
-        dtype = read_dtype(wanted, checkpoint.dtype)
+        backend, device = _backend(
+            options
+            if link is None and not options.adapters and options.output == "logits"
+            else replace(options, backend="torch")
+        )
+        adapters = [open_adapter(place, config) for place in options.adapters.values()]
+        classifier = read_classifier(checkpoint.folder, config) if options.output == "classes" else None
+        dtype, weights = _formats(options, backend, checkpoint)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
-        memory, weight_bytes = _memory(device), _weight_bytes(checkpoint, dtype)
-        if weight_bytes > memory:
+        tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
+        memory, weight_bytes = _memory(device), int(sum(tensor_bytes.values()))
+        if link is not None:
+            link.mesh.check(config)
+        elif weight_bytes > memory:
             raise MemoryLimitError(
-                f"{checkpoint.folder}: the weights take {weight_bytes / 2**30:.1f} GiB as {dtype}, "
+                f"{checkpoint.folder}: the weights take {weight_bytes / 2**30:.1f} GiB as {weights}, "
                 f"{memory / 2**30:.1f} GiB are to be had on {device}"
             )
-        layout = make_layout(
-            config,
-            max_len=options.max_len,
-            max_chunk=max_chunk,
-            max_sequences=options.max_sequences,
-            element_bytes=byte_count(dtype, (1,)),
-            budget=cache_budget(memory, weight_bytes),
-        )
-        from maestrale.torch_backend.runner import open_runner
 
-        runner = open_runner(checkpoint, layout, dtype, device, progress)
-    return Launched(config, Engine(runner, config.vocab_size, tokenizer, options.max_sequences), tokenizer, problem)
+        def layout_for(budget: int) -> CacheLayout:
+            return make_layout(
+                config,
+                max_len=options.max_len,
+                max_chunk=max_chunk,
+                max_sequences=options.max_sequences,
+                element_bytes=byte_count(dtype, (1,)),
+                budget=budget,
+            )
+
+        runner: Runner
+        if link is not None:
+            from maestrale.torch_backend.parallel.runner import open_ranks
+
+            here = f"cuda:{link.local_rank}" if device == "cuda" else device
+            parallel = open_ranks(checkpoint, link, dtype, here, layout_for, progress)  # on rank 0 only it returns
+            atexit.register(parallel.close)
+            runner = parallel
+        elif backend == "native":
+            from maestrale.native_backend.runner import choose_threads
+            from maestrale.native_backend.runner import open_runner as open_native
+
+            layout = layout_for(cache_budget(memory, weight_bytes))
+            runner = open_native(checkpoint, layout, dtype, weights, choose_threads(options.threads), progress)
+        else:
+            from maestrale.torch_backend.runner import open_runner as open_torch
+
+            layout = layout_for(cache_budget(memory, weight_bytes))
+            head = None if classifier is None else classifier.weight
+            runner = open_torch(
+                checkpoint, layout, dtype, device, progress, adapters, hidden=options.output == "hidden", head=head
+            )
+    engine = Engine(
+        runner,
+        config.vocab_size,
+        tokenizer,
+        options.max_sequences,
+        list(options.adapters),
+        prefix_cache=options.prefix_cache,
+        speculate=options.speculate,
+    )
+    labels = () if classifier is None else classifier.labels
+    return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes, labels)
+
+
+def _alone(work: Callable[[], T]) -> T:
+    return work()
 
 
 def _check(options: Options) -> None:
-    read_dtype(options.dtype, "")  # a word that it cannot read is refused before anything is opened
-    if options.weights not in ("auto", "bf16"):
-        raise UsageError(f"weights {options.weights!r}: expected auto or bf16")
+    """What can be refused before anything is opened."""
+    read_dtype(options.dtype, "")
+    for name, value, known in (("weights", options.weights, _WEIGHTS), ("backend", options.backend, _BACKENDS)):
+        if value not in known:
+            raise UsageError(f"{name} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
     if options.weights == "bf16" and options.dtype not in ("auto", "bfloat16", "bf16"):
         raise UsageError(f"weights bf16 and dtype {options.dtype} contradict each other: give one of them")
-    if options.backend not in ("auto", "torch"):
-        raise UsageError(f"backend {options.backend!r}: expected auto or torch")
-    if find_spec("torch") is None:
-        raise UsageError("no backend is installed: run  pip install 'maestrale[torch]'")
+    if options.device != "auto" and options.device.split(":")[0] not in _MAX_CHUNK:
+        raise UsageError(f"device {options.device!r}: expected auto, cpu, cuda, cuda:1 …")
+
+
+def _backend(options: Options) -> tuple[str, str]:
+    """The backend's name, and that of a device on which it works; UsageError, with the remedy, where there is none.
+
+    auto is torch where it is installed and finds a GPU, else native where its kernels are built, else torch.
+    """
+    from maestrale.native_backend.kernels import missing
+
+    torch, no_kernels = find_spec("torch") is not None, missing()
+    on_cpu, quantized = options.device in ("auto", "cpu"), options.weights in ("int8", "int4")
+    float16 = read_dtype(options.dtype, "") == "F16"
+    if options.backend == "torch" and not torch:
+        raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
+    if options.backend == "torch" and quantized:
+        raise UsageError(f"weights {options.weights}: the torch backend does not quantize; take backend native")
+    if options.backend == "torch" or (options.backend == "auto" and torch and not quantized):
+        asked = options.backend == "torch" or float16 or not on_cpu or no_kernels is not None
+        if asked or (options.device == "auto" and _may_have_gpu()):
+            device = _torch_device(options.device)
+            if asked or device != "cpu":
+                return "torch", device
+    if no_kernels is not None:
+        raise UsageError(no_kernels + ("" if torch else "; or run  pip install 'maestrale[torch]'"))
+    if not on_cpu or float16:
+        what = "dtype float16" if on_cpu else f"device {options.device}"
+        remedy = "take backend torch" if torch else "run  pip install 'maestrale[torch]'"
+        raise UsageError(f"{what}: the native backend runs on the CPU, in float32 or bfloat16; {remedy}")
+    return "native", "cpu"
+
+
+def _formats(options: Options, backend: str, checkpoint: Checkpoint) -> tuple[str, str]:
+    """What is computed in, and what the weights of linear layers are (a format of packed.py; of torch, the dtype)."""
+    if backend == "torch":
+        dtype = read_dtype("bfloat16" if options.weights == "bf16" else options.dtype, checkpoint.dtype)
+        return dtype, dtype
+    stored = "F32" if checkpoint.dtype == "F32" and options.weights == "auto" else "BF16"
+    dtype = read_dtype(options.dtype, stored)
+    held = {checkpoint.storage(name)[0] for name in checkpoint.names() if checkpoint.is_packed(name)}
+    if held and options.weights != "auto" and options.weights not in held:
+        raise UsageError(
+            f"weights {options.weights}: {checkpoint.folder} holds {', '.join(sorted(held))} already: "
+            "leave weights out, or quantize the folder that it was made from"
+        )
+    return dtype, {"F32": "f32", "BF16": "bf16"}[dtype] if options.weights == "auto" else options.weights
+
+
+def _link(options: Options) -> Link | None:
+    """This process's links to the other ranks that torchrun or mpirun started; None where it is alone."""
+    asked = [options.pipeline, options.tensor, options.expert]
+    if not RANKS & set(os.environ):
+        if any(value not in (None, 1) for value in asked):
+            raise UsageError(
+                "a model over several ranks needs as many processes: start with  "
+                f"torchrun --nproc-per-node {(options.pipeline or 1) * (options.tensor or 1)} -m maestrale …"
+            )
+        return None
+    from maestrale.torch_backend.parallel.link import Link, world
+
+    size = world()[1]
+    tensor = options.tensor or (1 if options.pipeline is None else max(1, size // options.pipeline))
+    mesh = Mesh(options.pipeline or max(1, size // tensor), tensor, options.expert)
+    if mesh.size != size:
+        raise UsageError(
+            f"{mesh.pipeline} pipeline ranks of {mesh.tensor} shards are {mesh.size} processes; {size} were started"
+        )
+    return Link(mesh, options.timeout) if size > 1 else None
 
 
 def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer | None, CheckpointError | None]:
@@ -123,10 +277,13 @@ def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer
         return None, error
 
 
-def _device(device: str) -> str:
+def _may_have_gpu() -> bool:
+    """Whether it is worth asking torch, which takes a second to import: some driver has left its mark."""
+    return sys.platform == "win32" or any(map(os.path.exists, _GPU_DRIVERS))
+
+
+def _torch_device(device: str) -> str:
     """The name of a device that works; UsageError where it does not."""
-    if device != "auto" and device.split(":")[0] not in _MAX_CHUNK:
-        raise UsageError(f"device {device!r}: expected auto, cpu, cuda, cuda:1 …")
     import torch
 
     if device == "auto":
@@ -146,5 +303,17 @@ def _memory(device: str) -> int:
     return torch.cuda.mem_get_info(torch.device(device))[0] if device.startswith("cuda") else available_memory()
 
 
-def _weight_bytes(checkpoint: Checkpoint, dtype: str) -> int:
-    return sum(byte_count(dtype, tensor.shape) for tensor in tensor_plan(checkpoint.config).values())
+def _tensor_bytes(checkpoint: Checkpoint, backend: str, dtype: str, weights: str) -> dict[str, float]:
+    plan, config = tensor_plan(checkpoint.config), checkpoint.config
+    if backend == "torch":
+        return {name: byte_count(dtype, tensor.shape) for name, tensor in plan.items()}
+    bits = dict.fromkeys(plan, _BITS["f32"])
+    for name, tensor in plan.items():
+        if name == "tok_embeddings.weight" or checkpoint.is_packed(name):
+            bits[name] = checkpoint.storage(name)[1]
+        elif len(tensor.shape) == 2 and not name.endswith("gate.weight"):
+            bits[name] = _BITS[weights]
+    sizes = {name: tensor.size * bits[name] / 8 for name, tensor in plan.items()}
+    if config.tied_embeddings:  # the head is packed besides
+        sizes["output.weight"] = plan["tok_embeddings.weight"].size * _BITS[weights] / 8
+    return sizes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,15 +12,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.config import ModelConfig
+from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
 from maestrale.launch import Options, launch
+from maestrale.sampling.constraint import read_constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Completion"]
+__all__ = ["LLM", "Completion", "Load", "Request"]
 
 Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the engine has to do, and has done. pages, free_pages: of the cache, over all kinds of layers.
+
+    prefix_asked, prefix_found: tokens of prompts begun, and how many of them lay in the cache already.
+    """
+
+    waiting: int
+    running: int
+    pages: int
+    free_pages: int
+    preemptions: int
+    prefix_asked: int
+    prefix_found: int
 
 
 class LLM:
@@ -27,14 +46,26 @@ class LLM:
 
     path: a native (params.json) or Hugging Face (config.json) folder; None is the bundled model.
     dtype: what it computes in: "auto" (as stored), "float32", "bfloat16", "float16".
-    weights: "auto" (as stored) or "bf16". device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" or "torch".
+    weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded.
+    device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" (torch on a GPU, else native), "native", "torch".
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
+    num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
+        None is what the number of ranks leaves. On other ranks than 0 the call does not return.
+    distributed_timeout: seconds after which a rank that should have answered counts as hanging.
+    adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
+    of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
+    threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
+    prefix_cache: keep the pages of what was computed, for prompts that begin alike.
+    speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
+    either.
+    output: "logits"; or what Reader, which reads and does not write, asks for: "hidden" or "classes".
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
-    Raises UsageError, ConfigError, CheckpointError or MemoryLimitError, before any weight is read where possible.
+    Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
+    where possible.
     """
 
     def __init__(
@@ -49,17 +80,55 @@ class LLM:
         *,
         max_sequences: int = 64,
         ignore_unexpected: bool = False,
+        num_pipeline_ranks: int | None = None,
+        tensor_parallel: int | None = None,
+        expert_parallel: int = 1,
+        distributed_timeout: float = 120.0,
+        adapters: Mapping[str, str | Path] | None = None,
         require_tokenizer: bool = False,
+        threads: int | None = None,
+        prefix_cache: bool = True,
+        speculate: bool = True,
+        output: str = "logits",
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
-        options = Options(dtype, weights, device, backend, max_len, max_batch_tokens, max_sequences, ignore_unexpected)
+        options = Options(
+            dtype,
+            weights,
+            device,
+            backend,
+            max_len,
+            max_batch_tokens,
+            max_sequences,
+            ignore_unexpected,
+            threads=threads,
+            prefix_cache=prefix_cache,
+            speculate=speculate,
+            pipeline=num_pipeline_ranks,
+            tensor=tensor_parallel,
+            expert=expert_parallel,
+            timeout=distributed_timeout,
+            adapters=adapters or {},
+            output=output,
+        )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
+        self._writes = output == "logits"
         self._news: dict[Request, deque[Completion]] = {}
 
     @property
     def config(self) -> ModelConfig:
         return self._launched.config
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of a classifier that was opened for its classes."""
+        return self._launched.labels
+
+    @property
+    def description(self) -> str:
+        """How it runs, in a few words: backend, device, dtype."""
+        return self._launched.description
 
     @property
     def max_len(self) -> int:
@@ -73,19 +142,25 @@ class LLM:
             raise self._launched.tokenizer_error or RuntimeError("no tokenizer")
         return self._launched.tokenizer
 
+    def counters(self) -> Counters:
+        """What the engine has done so far, and what it holds."""
+        return self._engine.counters()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Completion]:
-        """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt.
+        """Continues one prompt or many, batched; text or token ids, one SamplingParams or one for each prompt, and
+        likewise the name of an adapter.
 
         Returns the completions in the order of the prompts, n for each. RequestError for a request that cannot be
         served; then none is. `progress` is called with (tokens known to be done, most there can be), prompts included.
         """
-        requests = self._submit(*_pair(prompts, params))
+        requests = self._submit(*_pair(prompts, params), adapter=adapter)
         for _ in self._run(requests, progress):
             pass
         return [completion for request in requests for completion in _ordered(request)]
@@ -96,12 +171,13 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         reply: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> Iterator[Completion]:
         """As `generate`, but yields what each step adds. `index` tells continuations apart: prompt i's n
         continuations have i * n to i * n + n - 1. reply: the text begins anew, as the answer in a chat does, and does
         not go on from the prompt's (no space between the two). A step that only reads on in the prompts yields an
         empty piece, so that a caller may stop there."""
-        requests = self._submit(*_pair(prompts, params), reply=reply)
+        requests = self._submit(*_pair(prompts, params), reply=reply, adapter=adapter)
         first = dict(zip(requests, np.cumsum([0] + [r.params.n for r in requests]).tolist(), strict=False))
         for request, piece in self._run(requests):
             piece.index += first[request]
@@ -112,16 +188,39 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool = True,
+        *,
+        adapter: str | None = None,
     ) -> Completion:
-        """The assistant's answer to OpenAI-style messages, in the model's own chat form."""
-        ids = self.tokenizer.encode_chat(messages, tools)
-        (request,) = requests = self._submit([ids], [params or SamplingParams()], reply=True)
+        """The assistant's answer to OpenAI-style messages, in the model's own chat form.
+
+        With tools its `tool_calls` are those that it makes; each fits its function's schema, unless the answer was
+        cut off (finish_reason "length"). tool_choice: "auto", "none", "required", or {"type": "function", "function":
+        {"name": …}}. adapter: the name of the one to go through.
+        """
+        ids, params = self.tokenizer.encode_chat(messages, tools), params or SamplingParams()
+        if tools or tool_choice:
+            content = read_constraint(params.constraint)
+            constraint = self.tokenizer.tool_constraint(tools, tool_choice, parallel_tool_calls, content)
+            params = replace(params, constraint=constraint)
+        (request,) = requests = self._submit([ids], [params], reply=True, adapter=adapter)
         for _ in self._run(requests):
             pass
-        return _ordered(request)[0]
+        answer = _ordered(request)[0]
+        if tools:
+            answer.text, calls = self.tokenizer.read_calls(str(ids)).push(answer.token_ids, answer.text, ended=True)
+            answer.tool_calls = calls
+            if calls and answer.finish_reason == "stop":
+                answer.finish_reason = "tool_calls"
+        return answer
 
     def logits(
-        self, list_of_token_ids: Sequence[Sequence[int]], chunk_size: int | None = None
+        self,
+        list_of_token_ids: Sequence[Sequence[int]],
+        chunk_size: int | None = None,
+        *,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[NDArray[np.float32]]:
         """Float32 [n_tokens, vocab] for each sequence: row i scores what follows token i.
 
@@ -130,10 +229,72 @@ class LLM:
         if chunk_size is not None and chunk_size < 1:
             raise RequestError(f"chunk_size = {chunk_size}: expected a whole number of at least 1", "chunk_size")
         score = SamplingParams(max_tokens=0)
-        requests = self._submit(list_of_token_ids, [score] * len(list_of_token_ids), chunk_size, keep_logits=True)
+        scores = [score] * len(list_of_token_ids)
+        requests = self._submit(list_of_token_ids, scores, chunk_size, keep_logits=True, adapter=adapter)
         for _ in self._run(requests):
             pass
         return [np.stack(request.logits or []) for request in requests]
+
+    # A thread that drives the model step by step, as a server does, uses these and no other method besides.
+
+    def submit(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reply: bool = False,
+        namespace: str = "",
+        adapter: str | None = None,
+    ) -> Request:
+        """Queues a prompt of token ids. RequestError where it cannot be served. `reply`, `adapter` as for `stream`;
+        namespace: cached pages are shared only with prompts of the same one."""
+        return self._engine.submit(ids, params, reply=reply, namespace=namespace, adapter=adapter)
+
+    def step(self) -> list[tuple[Request, Completion]]:
+        """One batch: what is new, and for whom. A request that has ended is `finished`, perhaps with an `error`."""
+        return self._engine.step()
+
+    def abort(self, request: Request) -> None:
+        """Ends a request; its pages are free at once. Harmless where it has ended already."""
+        self._engine.abort(request)
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work
+
+    def cache_fill(self) -> list[tuple[int | None, int, int]]:
+        """For each kind of layer: its window, the pages that sequences hold, all pages. From any thread."""
+        layout, available = self._engine.pages.layout, self._engine.pages.available
+        kinds = zip(layout.windows, layout.pages, available, strict=True)
+        return [(window, pages - free, pages) for window, pages, free in kinds]
+
+    def load(self) -> Load:
+        """May be called from any thread."""
+        scheduler, pages = self._engine.scheduler, self._engine.pages
+        return Load(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            pages=sum(pages.layout.pages),
+            free_pages=sum(pages.available),
+            preemptions=scheduler.preemptions,
+            prefix_asked=self._engine.prefixes.asked,
+            prefix_found=self._engine.prefixes.found,
+        )
+
+    def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
+        """The mean of the last hidden states of a text, float32 [dim]; before it a None for each chunk but the last,
+        where a server may do something else. RequestError where the text is too long, or the backend cannot do it."""
+        embed = getattr(self._engine.runner, "embed", None)
+        if embed is None:
+            raise RequestError(
+                f"model: no embeddings from this backend ({self.description}): use --backend torch", "model"
+            )
+        if not 0 < len(ids) <= self.max_len or min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise RequestError(
+                f"input: expected 1 to {self.max_len} token ids from 0 to {self.config.vocab_size - 1}, got {len(ids)}",
+                "input",
+            )
+        return cast(Iterator[NDArray[np.float32] | None], embed(ids))
 
     def _submit(
         self,
@@ -142,13 +303,21 @@ class LLM:
         chunk_size: int | None = None,
         keep_logits: bool = False,
         reply: bool = False,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
+        if not self._writes and not keep_logits:
+            raise RequestError("this model was opened to read, and does not write: open it with output='logits'")
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(adapters) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")
         requests: list[Request] = []
         try:
-            for prompt, asked in zip(prompts, params, strict=True):
+            for prompt, asked, name in zip(prompts, params, adapters, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
                 requests.append(
-                    self._engine.submit(ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply)
+                    self._engine.submit(
+                        ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
+                    )
                 )
         except BaseException:
             self._abort(requests)

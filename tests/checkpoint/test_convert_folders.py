@@ -174,7 +174,7 @@ def test_fault_34_output_in_the_way_or_the_input_itself(tmp_path, native_folder,
 
 
 def test_wrong_options_are_named(tmp_path, native_folder, refused):
-    with refused(UsageError, 2, "to = 'onnx'", "native or hf"):
+    with refused(UsageError, 2, "to = 'onnx'", "native, hf or gguf"):
         convert(native_folder(), tmp_path / "out", to="onnx")
     with refused(UsageError, 2, "dtype 'int8'", "bfloat16, float16, float32"):
         convert(tmp_path / "native", tmp_path / "out", dtype="int8")

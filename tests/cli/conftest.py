@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from byte_models import CONFIGS, ENVIRONMENT, Run
+from terminal import Terminal
 from tiny import hf_model, make_folder, write_tekken
 
 
@@ -66,3 +67,16 @@ def spawn():
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    opened = []
+
+    def start(*args, **options):
+        opened.append(Terminal(tmp_path / "state", *args, **options))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()

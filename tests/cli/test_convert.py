@@ -48,7 +48,7 @@ def test_what_is_there_is_replaced_by_force_only(command, models, tmp_path):
     assert not (tmp_path / "out" / "mine.txt").exists()
 
 
-@pytest.mark.parametrize("args", [["--to", "gguf"], ["--to", "hf", "--dtype", "int8"]])
+@pytest.mark.parametrize("args", [["--to", "onnx"], ["--to", "gguf"], ["--to", "hf", "--dtype", "int8"]])
 def test_unknown_targets_are_refused(command, models, tmp_path, args):
     run = command("convert", models["dense"], tmp_path / "out", *args)
     assert (run.code, run.err.count("\n")) == (2, 1)

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from byte_models import byte_ids, byte_text
@@ -80,3 +81,47 @@ def test_demo_continues_its_three_prompts(command, models, references):
     assert run.code == 0
     assert texts[:-1] == [text + byte_text(expected(references["dense"], text, 3)) for text in PROMPTS]
     assert texts[-1] == ""
+
+
+# Constraints
+
+
+def constrained(command, models, *asked):
+    return command("generate", models["dense"], "-p", "Bora", "--max-tokens", 60, "--temperature", 1.5, *asked)
+
+
+def test_a_schema_a_regex_and_a_grammar_are_kept_to(command, models, tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": [{"wind": "bora"}, ["è", 3]]}')
+    (tmp_path / "pair.lark").write_text('start: "(" (start | "x") ")"')
+    run = constrained(command, models, "--json-schema", tmp_path / "schema.json", "--json", "--seed", 3)
+    assert run.code == 0
+    assert json.loads(json.loads(run.out)["text"]) in ({"wind": "bora"}, ["è", 3])
+    run = constrained(command, models, "--regex", "[0-9]{3}-(a|é)", "--seed", 3)
+    assert re.fullmatch("Bora[0-9]{3}-(a|é)\n", run.out)
+    run = constrained(command, models, "--grammar", tmp_path / "pair.lark", "--seed", 3)
+    text = run.out.removeprefix("Bora").removesuffix("\n")
+    assert text == "(" * text.count("(") + "x" + ")" * text.count("(")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--regex", "["), "--regex: .*unclosed"),
+        (("--json-schema", "broken.json"), "broken.json: json_schema: expected JSON: .*line 1"),
+        (("--json-schema", "never.json"), "never.json: .*[Uu]nsatisfiable"),
+        (("--json-schema", "absent.json"), "absent.json: cannot read"),
+        (("--grammar", "nothing.lark"), "nothing.lark: .*no start rule"),
+        (("--regex", "a", "--grammar", "nothing.lark"), "at most one of"),
+        (("--regex", "a", "--ignore-eos"), "ignore_eos"),
+        (("--regex", "a", "--beam-width", "2"), "beam_width"),
+    ],
+)
+def test_a_wrong_constraint_is_one_line_that_names_it(command, models, asked, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text('{"type":')
+    (tmp_path / "never.json").write_text('{"type": "string", "minLength": 3, "maxLength": 2}')
+    (tmp_path / "nothing.lark").write_text("")
+    run = constrained(command, models, *asked)
+    assert run.code == 2
+    assert re.fullmatch(f"maestrale: .*{message}.*\n", run.err), run.err
+    assert run.out == ""

@@ -4,18 +4,6 @@ import pytest
 
 from maestrale.cli.history import KEPT, History, history_path
 
-readline = pytest.importorskip("readline")
-
-
-@pytest.fixture(autouse=True)
-def _clean_readline():
-    yield
-    readline.clear_history()
-
-
-def recalled():
-    return [readline.get_history_item(i + 1) for i in range(readline.get_current_history_length())]
-
 
 @pytest.mark.parametrize(
     ("state", "expected"),
@@ -34,8 +22,17 @@ def test_lines_are_kept_for_the_next_run_at_once(tmp_path):
         history.add(line)
     assert path.read_text(encoding="utf-8") == "one\ndue è\n"
     history.close()
-    History(path).close()
-    assert recalled() == ["one", "due è"]
+    assert History(path).entries == ["one", "due è"]
+
+
+@pytest.mark.parametrize("entry", ["two\nlines", "back\\slash", "\\n is no line end", "a\\\nb", "\u2028 \x0b stay"])
+def test_an_entry_of_several_lines_comes_back_as_one(tmp_path, entry):
+    history = History(tmp_path / "history")
+    history.add(entry)
+    history.add("next")
+    history.close()
+    assert (tmp_path / "history").read_text().count("\n") == 2
+    assert History(tmp_path / "history").entries == [entry, "next"]
 
 
 def test_others_cannot_read_it_even_if_they_could_before(tmp_path):
@@ -59,5 +56,6 @@ def test_a_link_is_not_followed(tmp_path):
 def test_a_long_history_is_cut_to_its_end(tmp_path):
     path = tmp_path / "history"
     path.write_text("".join(f"{i}\n" for i in range(3 * KEPT)))
-    History(path).close()
-    assert path.read_text().split() == recalled() == [str(i) for i in range(2 * KEPT, 3 * KEPT)]
+    history = History(path)
+    history.close()
+    assert path.read_text().split() == history.entries == [str(i) for i in range(2 * KEPT, 3 * KEPT)]

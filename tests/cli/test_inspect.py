@@ -68,7 +68,7 @@ def test_published_models_have_their_published_sizes(command, tmp_path, params, 
     write_hollow(tmp_path, params)
     facts = facts_of(command, tmp_path)
     assert facts["parameters"] == {"total": total, "active": active}
-    assert facts["weights"] == {"stored": {"BF16": 2 * total}, "dtype": "BF16", "bytes": 2 * total}
+    assert facts["weights"] == {"stored": {"BF16": 2 * total}, "bits": 16, "dtype": "BF16", "bytes": 2 * total}
 
 
 def test_a_window_of_4096_keeps_512_mib_where_32k_tokens_would_take_4_gib(command, tmp_path):

@@ -1,19 +1,9 @@
-import fcntl
-import os
-import pty
-import select
-import signal
 import stat
-import subprocess
-import sys
-import termios
 import time
 
-import pytest
-from byte_models import ENVIRONMENT, byte_ids, byte_text
+from byte_models import byte_ids, byte_text
 from tiny import hf_greedy
 
-from maestrale.cli.interactive import Chat
 from maestrale.llm import LLM
 from maestrale.sampling.params import SamplingParams
 
@@ -54,11 +44,11 @@ def test_clear_starts_anew_and_quit_leaves(command, models, references):
 
 
 def test_help_lists_the_commands_and_an_unknown_one_is_told(command, models):
-    run = command("interactive", models["dense"], stdin="/help\n/dance\n")
+    run = command("interactive", models["dense"], stdin="/help\n/cleer\n")
     told = run.out.splitlines()
-    assert len(told) == 2
-    assert all(name in told[0] for name in ("/clear", "/help", "/quit"))
-    assert told[1].startswith("/dance: ")
+    assert all(any(line.startswith(name) for line in told) for name in ("/clear", "/?", "/quit"))
+    assert told[-1].startswith("/cleer: ")
+    assert "/clear" in told[-1]
 
 
 def test_a_line_that_does_not_fit_is_refused_and_the_text_stays(command, models):
@@ -84,26 +74,6 @@ def test_input_that_is_no_text_is_refused_and_the_next_line_is_served(models, sp
     assert out
 
 
-def test_a_chat_keeps_its_messages(models, monkeypatch):
-    llm = LLM(models["dense"], dtype="float32")
-    asked = []
-    encode = llm.tokenizer.encode_chat
-    monkeypatch.setattr(
-        llm.tokenizer, "encode_chat", lambda chat, tools=None: asked.append(chat) or encode(chat, tools)
-    )
-    chat = Chat(llm, SamplingParams(max_tokens=3, temperature=0))
-    for line in ("one", "", "two"):
-        chat.reply(line)
-    said = llm.chat([{"role": "user", "content": "one"}], SamplingParams(max_tokens=3, temperature=0)).text
-    assert asked[1] == [
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": said},
-        {"role": "user", "content": "two"},
-    ]
-    chat.clear()
-    assert chat.messages == []
-
-
 def test_instruct_answers_as_llm_chat_does(command, models):
     run = command("interactive", models["dense"], "--instruct", "--max-tokens", 3, *GREEDY, stdin="one\n")
     params = SamplingParams(max_tokens=3, temperature=0)
@@ -111,69 +81,15 @@ def test_instruct_answers_as_llm_chat_does(command, models):
     assert (run.code, run.out) == (0, f"{said.text}\n")
 
 
-class Terminal:
-    """`maestrale interactive` on a pseudo-terminal."""
-
-    def __init__(self, state, *args):
-        self.master, slave = pty.openpty()
-        self.seen = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "maestrale", "interactive", *map(str, args)],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env=ENVIRONMENT | {"XDG_STATE_HOME": str(state), "TERM": "dumb"},
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # where Ctrl-C goes to
-        )
-        os.close(slave)
-
-    def read_until(self, mark, seconds=30):
-        """What came up to `mark`, which is the end of what has been read."""
-        end = time.monotonic() + seconds
-        while mark not in self.seen:
-            ready, _, _ = select.select([self.master], [], [], max(end - time.monotonic(), 0))
-            assert ready, f"{mark!r} did not come, but {self.seen!r}"
-            try:
-                self.seen += os.read(self.master, 4096)
-            except OSError:  # the other side is closed
-                raise EOFError(f"{mark!r} did not come, but {self.seen!r}") from None
-        before, _, self.seen = self.seen.partition(mark)
-        return before
-
-    def type(self, keys):
-        os.write(self.master, keys)
-
-    def close(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        os.close(self.master)
-
-
-@pytest.fixture
-def terminal(tmp_path):
-    opened = []
-
-    def start(*args):
-        opened.append(Terminal(tmp_path / "state", *args))
-        return opened[-1]
-
-    yield start
-    for one in opened:
-        one.close()
-
-
 def test_ctrl_c_stops_a_reply_and_at_the_prompt_it_leaves(terminal, models, tmp_path):
     endless = ("--max-len", 10**6, "--max-tokens", 10**6, "--temperature", 0)
-    screen = terminal(models["windowed"], *endless)
-    screen.read_until(b"\n> ")
+    screen = terminal("interactive", models["windowed"], *endless)
+    screen.read_until_prompt()
     screen.type(b"maestrale\n")
-    screen.read_until(b"maestrale\r\n")
+    screen.read_until(b"maestrale")
     time.sleep(0.3)  # in the middle of the reply
     screen.type(b"\x03")
-    screen.read_until(b"\n> ")
-    time.sleep(0.3)  # CPython's readline waits for a key if the signal comes between the prompt and its select
+    screen.read_until_prompt()
     assert screen.process.poll() is None
     screen.type(b"\x03")
     assert screen.process.wait(timeout=20) == 0
@@ -187,11 +103,11 @@ def test_ctrl_d_leaves_and_the_arrow_brings_back_a_line_of_the_last_run(terminal
     history = tmp_path / "state" / "maestrale" / "history"
     history.parent.mkdir(parents=True)
     history.write_text("/help\n")
-    screen = terminal(models["windowed"])
-    screen.read_until(b"\n> ")
+    screen = terminal("interactive", models["windowed"])
+    screen.read_until_prompt()
     screen.type(b"\x10\n")  # Ctrl-P, the line before
     screen.read_until(b"/quit")
-    screen.read_until(b"\n> ")
+    screen.read_until_prompt()
     screen.type(b"\x04")
     assert screen.process.wait(timeout=20) == 0
     assert history.read_text() == "/help\n/help\n"

@@ -3,12 +3,16 @@
 import math
 from pathlib import Path
 
-from maestrale.batch import CacheLayout
+import pytest
+
+from maestrale.batch import CacheLayout, Runner
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.engine.engine import Engine
+from maestrale.native_backend import kernels
 from maestrale.text.tokenizer import Tokenizer
 
-BACKENDS = ["torch"]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing())))
+BACKENDS = ["torch", NATIVE]
 
 
 def open_engine(
@@ -24,20 +28,26 @@ def open_engine(
     max_sequences: int = 16,
 ) -> Engine:
     """An engine on a cache of exactly `pages` pages for each kind of layer; None is enough for all."""
-    if backend == "torch":
-        from maestrale.torch_backend.runner import open_runner
     with open_checkpoint(folder) as checkpoint:
         windows = checkpoint.config.windows
         kept = [max_len if w is None else min(max_len, w + max_chunk - 1) for w in windows]
         rings = tuple(math.ceil(tokens / page_size) for tokens in kept)
         pools = tuple(pages or max_sequences * ring for ring in rings)
         layout = CacheLayout(page_size, max_len, max_chunk, windows, rings, pools)
-        runner = open_runner(checkpoint, layout, dtype, "cpu", lambda done, total: None)
+        runner: Runner
+        if backend == "torch":
+            from maestrale.torch_backend.runner import open_runner as open_torch
+
+            runner = open_torch(checkpoint, layout, dtype, "cpu", lambda done, total: None)
+        else:
+            from maestrale.native_backend.runner import open_runner as open_native
+
+            runner = open_native(checkpoint, layout, dtype, {"F32": "f32", "BF16": "bf16"}[dtype], 2)
         return Engine(runner, checkpoint.config.vocab_size, tokenizer, max_sequences)
 
 
 def run(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
-    free = [len(pages) for pages in engine.pages.free]
+    free = engine.pages.available
     assert free == list(engine.pages.layout.pages), "pages are missing at the end"

@@ -5,6 +5,7 @@ holds the position that the law says. Slots and sight are worked out here once m
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,17 @@ def true_greedy(prompt: list[int], count: int, windows=(None,)) -> list[int]:
     for _ in range(count):
         tokens.append(int(true_row(tokens, windows).argmax()))
     return tokens[len(prompt) :]
+
+
+def babble(seen: list[list[int]], position: int) -> np.ndarray:
+    """A rule that likes to go round in circles: most often the next token follows from the last two, but a sum over
+    all that is seen may turn it elsewhere, so that a wrong token anywhere in sight shows."""
+    tokens = [token for kind in seen for token in kind]
+    total = sum((i + 1) * token for i, token in enumerate(tokens))
+    best = 3 + (tokens[-1] * 3 + (tokens[-2] if len(tokens) > 1 else 0)) % 7 + (total % 11 == 0) * (1 + total % 5)
+    row = -0.7 * np.abs(np.arange(VOCAB) - best).astype(np.float32) - (total % 3) * 0.1
+    row[[0, 1, NAN_TOKEN]] = -50
+    return row
 
 
 def spell(prompt_length: int, answers: dict[int, list[int]]):
@@ -121,8 +133,22 @@ class FakeRunner:
         return self.rule(seen, position)
 
 
-def make_engine(tokenizer=None, max_sequences=16, rule=row_for, **layout) -> Engine:
-    return Engine(FakeRunner(make_layout(**layout), rule), VOCAB, tokenizer, max_sequences)
+def make_engine(tokenizer=None, max_sequences=16, rule=row_for, prefix_cache=True, speculate=True, **layout) -> Engine:
+    runner = FakeRunner(make_layout(**layout), rule)
+    return Engine(runner, VOCAB, tokenizer, max_sequences, prefix_cache=prefix_cache, speculate=speculate)
+
+
+def check_books(engine: Engine) -> None:
+    """Every page is free, cached or held by exactly the tables that `holders` counts, and found by its own key only."""
+    tables = [s.table for r in engine.scheduler.running for s in r.sequences]
+    for kind, pool in enumerate(engine.pages.pools):
+        held = Counter(page for table in tables for page in engine.pages.held(table, kind))
+        count = engine.pages.layout.pages[kind]
+        assert sorted([*pool.free, *pool.cached, *held]) == list(range(count))
+        assert {page: n for page, n in enumerate(pool.holders) if n} == dict(held)
+        assert pool.page_of == {key: page for page, key in enumerate(pool.key_of) if key is not None}
+        assert all(pool.key_of[page] is None for page in pool.free)
+        assert all(pool.key_of[page] is not None for page in pool.cached)
 
 
 def run(engine: Engine, limit=10_000) -> list:
@@ -130,7 +156,8 @@ def run(engine: Engine, limit=10_000) -> list:
     pieces = []
     for _ in range(limit):
         if not engine.has_work:
-            assert all(len(free) == n for free, n in zip(engine.pages.free, engine.pages.layout.pages, strict=True))
+            check_books(engine)
+            assert engine.pages.available == list(engine.pages.layout.pages)
             return pieces
         pieces += engine.step()
     raise AssertionError("requests are left that never end")

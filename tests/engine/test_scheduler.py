@@ -167,7 +167,7 @@ def test_an_aborted_request_frees_its_pages_at_once_wherever_it_is():
     engine.step()
     assert engine.scheduler.running == [running]
     engine.abort(running)
-    assert len(engine.pages.free[0]) == 12
+    assert engine.pages.available[0] == 12
     engine.abort(running)
     engine.abort(waiting)
     assert not engine.has_work

@@ -24,7 +24,9 @@ WRONG = [
     *[("logit_bias", v) for v in ({"1": 1}, {True: 1}, {1: "1"}, {1: math.nan}, {1: 101}, {1: True}, [1], 5)],
     *[("min_tokens", v) for v in (-1, True, 129, 1.0)],
     *[("ignore_eos", v) for v in (1, 0, "true", None)],
+    *[("experts", v) for v in (1, 0, "true", None)],
     *[("beam_width", v) for v in (0, 4097, True, 2.0)],
+    *[("constraint", v) for v in ("json", 3, {}, {"json_schema": "{"}, {"regex": 3}, {"json_object": 1})],
     *[("length_penalty", v) for v in (math.nan, math.inf, -10.1, 10.1, "1")],
 ]
 
@@ -43,6 +45,13 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_field(name, value):
 
 def test_every_field_is_tested_for_wrong_values():
     assert {name for name, _ in WRONG} == {field.name for field in dataclasses.fields(SamplingParams)}
+
+
+def test_a_constraint_stands_neither_with_beams_nor_with_an_end_that_is_ignored():
+    for other in ({"beam_width": 2}, {"ignore_eos": True}):
+        with pytest.raises(RequestError) as caught:
+            SamplingParams(constraint={"regex": "a"}, **other)
+        assert caught.value.param == "constraint"
 
 
 def test_an_error_says_the_value_and_the_range():

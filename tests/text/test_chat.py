@@ -71,6 +71,17 @@ def test_chats_with_tools_equal_mistral_commons(name, messages, ours, theirs):
     assert ours(name).encode_chat(messages, [TOOL]) == reference_ids(theirs(name), messages, [TOOL])
 
 
+@pytest.mark.parametrize("name", ["v3", "v7", "tekken"])
+def test_parallel_calls_and_their_results_equal_mistral_commons(name, ours, theirs):
+    second = {"id": "zyxWVU987", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    two_calls = {**CALL, "tool_calls": [CALL["tool_calls"][0], second]}
+    results = [{**RESULT, "tool_call_id": "zyxWVU987", "name": "now", "content": "12:00"}, RESULT]
+    tools = [TOOL, {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}, "strict": True}}]
+    messages = [say("system", "s"), USER, two_calls, *results]
+    for chat in (messages, [*messages, say("assistant", "Windy."), say("user", "Thanks")]):
+        assert ours(name).encode_chat(chat, tools) == reference_ids(theirs(name), chat, tools)
+
+
 @pytest.mark.parametrize("version", ["v7", "v11", "v13"])
 def test_later_tekken_versions_equal_mistral_commons(version, write_tekken):
     folder, size = write_tekken(tiny_tekken(version))
@@ -273,6 +284,38 @@ def test_a_tokenizer_json_with_inst_tokens_has_the_v3_form(tmp_path):
     assert ids == [0, begin, *text["a"], end, *text["b"], 1, begin, *text["S\n\nc"], end]
     with pytest.raises(RequestError, match="no tokens for them"):
         tokenizer.encode_chat([USER], [TOOL])
+
+
+SYSTEM_CONTROLS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+TOOL_CONTROLS = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]")
+
+
+@pytest.mark.parametrize(
+    ("version", "controls"), [("v3", ()), ("v7", SYSTEM_CONTROLS), ("v11", (*SYSTEM_CONTROLS, "[ARGS]", "[CALL_ID]"))]
+)
+def test_a_tokenizer_json_has_the_form_that_its_control_tokens_tell(version, controls, tmp_path, write_tekken):
+    """The same letters and controls as a tekken file of that version: mistral-common's ids, by name, are the same."""
+    model = made_json(["[INST]", "[/INST]", *TOOL_CONTROLS, *controls])
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "tokenizer.json").write_text(model.to_str())
+    tokenizer = load_tokenizer(tmp_path / "hf", model.get_vocab_size())
+    data = tiny_tekken(version)
+    del data["vocab"][256:]
+    data["config"]["num_vocab_tokens"], data["config"]["default_vocab_size"] = 256, 256 + 32
+    template = MistralTokenizer.from_file(write_tekken(data)[0] / "tekken.json")
+    controls_of = data["special_tokens"]
+    messages = [say("system", "s"), USER, CALL, RESULT]
+
+    def spelled(ids, control, piece):
+        return [control.get(i) or piece[i] for i in ids]
+
+    ours = tokenizer._vocabulary
+    found = spelled(
+        tokenizer.encode_chat(messages, [TOOL]), {i: n for n, i in ours.controls.items()}, ours.pieces.shown
+    )
+    names = {token["rank"]: token["token_str"] for token in controls_of}
+    expected = spelled(reference_ids(template, messages, [TOOL]), names, {32 + i: bytes([i]) for i in range(256)})
+    assert found == expected
 
 
 def test_a_tokenizer_json_without_inst_tokens_has_no_chat_form(tmp_path):

@@ -12,8 +12,9 @@ from maestrale.checkpoint.hf import has_permuted_rows, hf_name, to_hf_rows
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train.loss import balance_loss, packed_attend, packed_loss, packed_positions, router_scores
+from maestrale.torch_backend.train.objective import tensors
 from maestrale.torch_backend.train.packing import pack
-from maestrale.torch_backend.train.step import new_model, tensors
+from maestrale.torch_backend.train.step import new_model
 
 CONFIGS = {
     "window": tiny_config(),
@@ -65,7 +66,7 @@ def test_no_document_sees_another(model):
 
 
 def logits_of(model: Transformer, packed) -> torch.Tensor:
-    tokens, _, documents = tensors(packed, np.arange(len(packed)))
+    tokens, _, documents, _ = tensors(packed, np.arange(len(packed)))
     attend = packed_attend(documents, model.config.sliding_window)
     return model(tokens.flatten(), packed_positions(documents), attend)
 

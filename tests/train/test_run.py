@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.errors import MaestraleError, UsageError
 from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.model import Transformer
-from maestrale.torch_backend.train import run
+from maestrale.torch_backend.train import loop, run
 from maestrale.torch_backend.train.report import read_log
 from maestrale.torch_backend.train.run import train
+from maestrale.torch_backend.train.state import load_state
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_the_folder_that_training_writes_opens_and_learnt(settings, model):
 def test_a_run_stopped_by_ctrl_c_saves_and_goes_on_to_the_same_weights(settings, tmp_path, monkeypatch):
     whole = settings(out=str(tmp_path / "whole"))
     train(whole)
-    made, learn, calls = settings(), run.steps.learn, []
+    made, learn, calls = settings(), loop.steps.learn, []
 
     def interrupted(*args):
         calls.append(0)
@@ -64,7 +66,7 @@ def test_a_run_stopped_by_ctrl_c_saves_and_goes_on_to_the_same_weights(settings,
             os.kill(os.getpid(), signal.SIGINT)
         return learn(*args)
 
-    monkeypatch.setattr(run.steps, "learn", interrupted)
+    monkeypatch.setattr(loop.steps, "learn", interrupted)
     with pytest.raises(SystemExit) as caught:
         train(made)
     assert caught.value.code == 130
@@ -80,14 +82,14 @@ def test_a_run_stopped_by_ctrl_c_saves_and_goes_on_to_the_same_weights(settings,
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(settings, monkeypatch):
-    made, learn, calls = settings(), run.steps.learn, []
+    made, learn, calls = settings(), loop.steps.learn, []
 
     def broken(*args):
         calls.append(0)
-        loss, norm = learn(*args)
-        return (torch.nan, norm) if len(calls) == 4 else (loss, norm)
+        learnt = learn(*args)
+        return replace(learnt, loss=torch.nan) if len(calls) == 4 else learnt
 
-    monkeypatch.setattr(run.steps, "learn", broken)
+    monkeypatch.setattr(loop.steps, "learn", broken)
     with pytest.raises(
         MaestraleError, match=r"step 4: loss nan.*state\.safetensors holds the last good state"
     ) as caught:
@@ -97,7 +99,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(settings, 
     model = Transformer(made.model)
     optimizer = run.steps.new_optimizer(model, made)
     state = run.Path(made.out + ".run") / "state.safetensors"
-    assert run.load_state(state, model, optimizer, made.to_dict()).step == 2
+    assert load_state(state, model, optimizer, made.to_dict()).step == 2
 
 
 def test_changed_text_is_not_resumed(settings, tmp_path):
@@ -106,7 +108,7 @@ def test_changed_text_is_not_resumed(settings, tmp_path):
     made = settings(train=(str(text),))
     train(made)
     text.write_text(text.read_text().replace("fox", "ox"))
-    with pytest.raises(UsageError, match="the training text has changed"):
+    with pytest.raises(UsageError, match="the training data has changed"):
         train(made, resume=True, force=True)
 
 
@@ -120,7 +122,7 @@ def test_what_is_there_is_not_replaced_without_force(settings):
 
 def test_a_second_process_is_refused(settings):
     made = settings()
-    with run._owned(run.Path(made.out + ".run")), pytest.raises(UsageError, match="another process is training there"):
+    with loop.Run(made, False, False).owned(), pytest.raises(UsageError, match="another process is training there"):
         train(made)
 
 

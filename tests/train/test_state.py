@@ -11,11 +11,12 @@ import torch
 from tiny_training import random_documents, tiny_config, tiny_mixture, tiny_settings
 
 from maestrale.errors import CheckpointError, UsageError
+from maestrale.torch_backend.train.objective import Language
 from maestrale.torch_backend.train.packing import batch_rows, pack
 from maestrale.torch_backend.train.state import Progress, load_state, save_state
 from maestrale.torch_backend.train.step import learn, learning_rate, new_model, new_optimizer
 
-DATA = pack(random_documents(70, 40, 90, 8, 61), 16)
+DATA = Language(pack(random_documents(70, 40, 90, 8, 61), 16))
 START = Progress(step=0, data="", seconds=0.0)
 
 
@@ -30,7 +31,7 @@ def go(settings, model, optimizer, first: int, end: int) -> list[float]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step)
         rows = batch_rows(len(DATA), settings.batch_size, step, settings.seed)
-        losses.append(learn(model, optimizer, DATA, rows, settings)[0])
+        losses.append(learn(model, optimizer, DATA, rows, settings).loss)
     return losses
 
 
@@ -137,9 +138,9 @@ def test_no_number_in_the_gradient_leaves_the_weights_alone():
     model, optimizer = begin(settings)
     before = [parameter.clone() for parameter in model.parameters()]
     model.norm.register_forward_hook(lambda module, inputs, output: output * torch.nan)
-    loss, norm = learn(model, optimizer, DATA, np.arange(4), settings)
-    assert np.isnan(loss)
-    assert np.isnan(norm)
+    learnt = learn(model, optimizer, DATA, np.arange(4), settings)
+    assert np.isnan(learnt.loss)
+    assert np.isnan(learnt.norm)
     for a, b in zip(before, model.parameters(), strict=True):
         assert torch.equal(a, b)
 

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from maestrale.checkpoint import hf, mistral
+from maestrale.checkpoint.adapter import Adapter, open_adapter
+from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import STORAGE, TORCH_NAMES, StoredTensor, byte_count, cast, is_finite, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
-from maestrale.checkpoint.writer import (
-    Progress,
-    atomic_folder,
-    copy_file,
-    require_space,
-    write_json,
-    write_safetensors,
-)
+from maestrale.checkpoint.writer import Progress, atomic_folder, write_json, write_safetensors
 from maestrale.errors import CheckpointError, UsageError
 from maestrale.plan import count_parameters, tensor_plan
-from maestrale.text.tokenizer import is_tokenizer_file, load_tokenizer
+from maestrale.text.tokenizer import load_tokenizer
 
 SHARD_BYTES = 5_000_000_000
-# Files beside the weights that a model needs to be of use, besides its tokenizer.
-COMPANIONS = re.compile(r"tokenizer_config\.json|special_tokens_map\.json|generation_config\.json|chat_template.*")
 
 
 def convert(
@@ -35,40 +27,45 @@ def convert(
     force: bool = False,
     ignore_unexpected: bool = False,
     progress: Progress | None = None,
+    adapter: str | Path | None = None,
 ) -> None:
     """Writes the model in folder `src` to folder `dst`, as "native" or "hf", with its tokenizer's files.
 
     dtype: of all weights, as `read_dtype` reads it; "auto" keeps each tensor's own.
+    adapter: the path of one to merge into the weights.
     progress(bytes done, bytes in all) is called after each tensor.
     Errors: UsageError for a wrong option or an output that is in the way, CheckpointError for a damaged source or
     weights with NaN or Inf, DiskError for the disk. `dst` is written whole or not at all; `src` is only read.
     """
     if to not in ("native", "hf"):
-        raise UsageError(f"to = {to!r}: expected native or hf")
+        raise UsageError(f"to = {to!r}: expected native, hf or gguf")
     wanted = None if dtype == "auto" else read_dtype(dtype, "")
     if os.path.realpath(src) == os.path.realpath(dst):
         raise UsageError(f"{dst}: is the source too; name another folder for the output")
     with open_checkpoint(src, ignore_unexpected) as source, atomic_folder(dst, force) as partial:
-        _Conversion(source, to, wanted, progress).write(partial)
+        merged = None if adapter is None else open_adapter(adapter, source.config)
+        if merged is not None and source.config.tied_embeddings and "output" in merged.deltas:
+            raise UsageError(f"{adapter}: changes the output layer, which this model shares with its embeddings")
+        _Conversion(source, to, wanted, progress, merged).write(partial)
         source.verify_unchanged()
 
 
 class _Conversion:
-    def __init__(self, source: Checkpoint, to: str, dtype: str | None, progress: Progress | None):
-        self.source, self.to, self.progress = source, to, progress
+    def __init__(
+        self, source: Checkpoint, to: str, dtype: str | None, progress: Progress | None, adapter: Adapter | None
+    ):
+        self.source, self.to, self.progress, self.adapter = source, to, progress, adapter
         self.shapes = {name: plan.shape for name, plan in tensor_plan(source.config).items()}
-        self.dtypes = {name: dtype or source.stored_dtype(name) for name in self.shapes}
+        # Values of a quantized weight are products in fp32; kept as such they would take eight times its bytes.
+        own = {name: source.dtype if source.quantized else source.stored_dtype(name) for name in self.shapes}
+        self.dtypes = {name: dtype or own[name] for name in self.shapes}
         self.main_dtype = dtype or source.dtype
         self.sizes = {name: byte_count(self.dtypes[name], shape) for name, shape in self.shapes.items()}
         self.total, self.done = sum(self.sizes.values()), 0
         self.bad: list[str] = []  # tensors with NaN or Inf, all told at the end
 
     def write(self, folder: Path) -> None:
-        files = [path for path in sorted(self.source.folder.iterdir()) if path.is_file()]
-        companions = [path for path in files if COMPANIONS.fullmatch(path.name) or is_tokenizer_file(path.name)]
-        require_space(folder, self.total + sum(p.stat().st_size for p in companions))
-        for path in companions:
-            copy_file(path, folder / path.name)
+        write_companions(self.source.folder, folder, self.total)
         if self.to == "native":
             write_json(folder / mistral.CONFIG, self.source.config.to_mistral())
             self._write_file(folder / mistral.WEIGHTS, list(self.shapes))
@@ -121,7 +118,10 @@ class _Conversion:
 
     def _tensors(self, names: list[str]) -> Iterator[StoredTensor]:
         for name in names:
-            tensor = cast(self.source.tensor(name), self.dtypes[name])
+            tensor = self.source.tensor(name)
+            if self.adapter is not None:
+                tensor = self.adapter.merge(name, tensor, self.dtypes[name])
+            tensor = cast(tensor, self.dtypes[name])
             if not is_finite(tensor):  # a cast keeps NaN and Inf, and may make Inf
                 self.bad.append(name)
             if self.to == "hf" and hf.has_permuted_rows(name):

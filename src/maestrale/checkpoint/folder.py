@@ -5,36 +5,44 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from maestrale.checkpoint import hf, mistral
+from maestrale.checkpoint import hf, mistral, packed_room
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.errors import CheckpointError
 
-ROOMS = {"mistral": mistral, "hf": hf}  # in order of preference
+ROOMS = {"packed": packed_room, "mistral": mistral, "hf": hf}  # in order of preference
+GGUF = ".gguf"
 ACCEPTED = (
-    "params.json with consolidated.safetensors, its shards and consolidated.safetensors.index.json, "
-    "consolidated.00.pth or consolidated.0*.pt; or config.json with model.safetensors, or its shards and "
-    "model.safetensors.index.json"
+    "params.json with packed.safetensors, or with consolidated.safetensors, its shards and "
+    "consolidated.safetensors.index.json, consolidated.00.pth or consolidated.0*.pt; or config.json with "
+    "model.safetensors, or its shards and model.safetensors.index.json; or one .gguf file"
 )
 
 
 def find_weights(folder: Path) -> tuple[str, dict[Path, list[str]]]:
     """The layout's name, and its weight files, each with the tensors that an index says it holds.
 
-    Where a folder has several, the choice is fixed and a warning tells it: native before Hugging Face, one
-    .safetensors file before shards, those before pickles.
+    Where a folder has several, the choice is fixed and a warning tells it: packed, native, Hugging Face; one
+    .safetensors file before shards, those before pickles. A GGUF file counts where nothing else is there, or by its
+    own path.
     """
     try:
         if not folder.exists():
-            raise CheckpointError(f"{folder}: no such folder; expected a model's folder")
+            raise CheckpointError(f"{folder}: no such folder; expected a model's folder, or a GGUF file")
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: is a file; expected the folder that holds it")
+            if folder.suffix == GGUF:
+                return "gguf", {folder: []}
+            raise CheckpointError(f"{folder}: is a file; expected the folder that holds it, or a GGUF file")
         choices = {layout: _weights(folder, layout) for layout in ROOMS}
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot read: {error.strerror or error}") from None
     whole = {name: kinds for name, kinds in choices.items() if kinds and (folder / ROOMS[name].CONFIG).exists()}
+    if not whole and (files := gguf_files(folder)):
+        if len(files) > 1:
+            raise CheckpointError(f"{folder}: holds {', '.join(p.name for p in files)}; name the one that you mean")
+        return "gguf", {files[0]: []}
     if not whole:
         found = sorted({p.name for kinds in choices.values() for kind in kinds for p in kind})
-        found += [room.CONFIG for room in ROOMS.values() if (folder / room.CONFIG).exists()]
+        found += sorted({room.CONFIG for room in ROOMS.values() if (folder / room.CONFIG).exists()}, reverse=True)
         raise CheckpointError(
             f"{folder}: no model here; found {', '.join(found) or 'nothing of one'}; expected {ACCEPTED}"
         )
@@ -50,10 +58,14 @@ def find_weights(folder: Path) -> tuple[str, dict[Path, list[str]]]:
     return layout, {path: [] for path in chosen}
 
 
+def gguf_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix == GGUF)
+
+
 def _weights(folder: Path, layout: str) -> list[list[Path]]:
     """The kinds of weights that are there, each as its files (of shards, the index), the preferred one first."""
     room = ROOMS[layout]
-    kinds = [[folder / name] for name in (room.WEIGHTS, room.INDEX) if (folder / name).exists()]
+    kinds = [[folder / name] for name in (room.WEIGHTS, room.INDEX) if name and (folder / name).exists()]
     if layout == "mistral" and (pickles := mistral.pickled_weights(folder)):
         kinds.append(pickles)
     return kinds

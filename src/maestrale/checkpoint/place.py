@@ -1,12 +1,14 @@
-"""Where a layout keeps a canonical tensor: each layout gives a table of these, the reader checks and follows it."""
+"""Where a layout keeps a canonical tensor: each layout gives tables of these, the reader checks and follows them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from numpy.typing import NDArray
 
+from maestrale.checkpoint.packed import PackedWeight
 from maestrale.plan import TensorPlan
 
 
@@ -22,6 +24,32 @@ class Place:
     shape: tuple[int, ...]
     axes: tuple[tuple[str, ...], ...]
     select: Callable[[NDArray], NDArray] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor that a quantized weight is made of: its name, the dtypes that it may have, its shape."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class QuantizedPlace:
+    """A canonical weight that is stored quantized.
+
+    kind: what people call the format: "int4", "Q6_K". bits: of storage a weight, scales included.
+    packs: whether `read` gives a packed weight, which says the same as what is stored, or must give fp32 values.
+    read: the parts' elements, in order → the weight [n, k].
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    bits: float
+    packs: bool
+    read: Callable[[list[NDArray]], PackedWeight | NDArray[np.float32]]
 
 
 def same_place(name: str, plan: TensorPlan, select: Callable[[NDArray], NDArray] | None = None) -> Place:

@@ -39,7 +39,7 @@ def open_safetensors(path: str | Path) -> TensorFile:
     data_start = 8 + length
     entries = {name: _entry(name, value, data_start, path) for name, value in header.items()}
     _check_coverage(entries, data_start, size, path)
-    return TensorFile(mapped, entries)
+    return TensorFile(mapped, entries, metadata)
 
 
 def _entry(name: str, value: Any, data_start: int, path: str | Path) -> Entry:

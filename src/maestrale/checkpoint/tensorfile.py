@@ -7,7 +7,8 @@ import mmap
 import os
 import stat
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,11 @@ class MappedFile:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """The tensors of one file, by the file's names."""
+    """The tensors of one file, by the file's names. metadata: what a .safetensors file says of itself."""
 
     mapped: MappedFile
     entries: dict[str, Entry]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:

@@ -126,10 +126,12 @@ def write_safetensors(
     tensors: Iterable[StoredTensor],
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    alignment: int = 8,
 ) -> None:
     """One .safetensors file with `entries` (name, dtype, shape) in their order, `tensors` in the same order.
 
-    One tensor at a time is held. The bytes are those that the safetensors library writes for this order.
+    One tensor at a time is held. The first begins at a multiple of `alignment` bytes; with 8, the bytes are those
+    that the safetensors library writes for this order.
     """
     entries = list(entries)
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
@@ -141,9 +143,9 @@ def write_safetensors(
     if len(header) != len(entries) + bool(metadata):
         raise ValueError("two entries have one name")
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     done = 0
-    with _writing(path) as write:
+    with writing(path) as write:
         write(len(text).to_bytes(8, "little") + text)
         for (name, dtype, shape), tensor in zip(entries, tensors, strict=True):
             if (tensor.dtype, tensor.shape) != (dtype, shape):
@@ -156,12 +158,12 @@ def write_safetensors(
 
 def write_json(path: str | Path, value: Any) -> None:
     """Indented JSON with a newline at its end, as Hugging Face folders have it."""
-    with _writing(path) as write:
+    with writing(path) as write:
         write((json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def copy_file(source: str | Path, path: str | Path) -> None:
-    with open(source, "rb") as file, _writing(path) as write:
+    with open(source, "rb") as file, writing(path) as write:
         while block := file.read(_BLOCK):
             write(block)
 
@@ -197,7 +199,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def _writing(path: str | Path) -> Iterator[Callable[[Any], None]]:
+def writing(path: str | Path) -> Iterator[Callable[[Any], None]]:
     """A function that appends a buffer to `path`, made empty first; on disk when the block ends."""
     with _disk_errors(path):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

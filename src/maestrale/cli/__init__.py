@@ -17,12 +17,19 @@ import typer
 
 import maestrale
 from maestrale.cli.bench import bench
+from maestrale.cli.chat import chat
 from maestrale.cli.convert import convert
+from maestrale.cli.data import data
 from maestrale.cli.demo import demo
+from maestrale.cli.embed import classify, embed
 from maestrale.cli.evaluate import evaluate
+from maestrale.cli.finetune import finetune
 from maestrale.cli.generate import generate
 from maestrale.cli.inspect import inspect
 from maestrale.cli.interactive import interactive
+from maestrale.cli.merge import merge
+from maestrale.cli.quantize import quantize
+from maestrale.cli.serve import serve
 from maestrale.cli.train import train
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
@@ -30,10 +37,18 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "generate": generate,
     "interactive": interactive,
+    "chat": chat,
+    "serve": serve,
     "inspect": inspect,
     "eval": evaluate,
     "convert": convert,
+    "quantize": quantize,
+    "data": data,
+    "merge": merge,
     "train": train,
+    "finetune": finetune,
+    "classify": classify,
+    "embed": embed,
     "bench": bench,
 }
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -61,6 +76,7 @@ def main() -> None:
         path = context.command_path if context else "maestrale"
         _complain(f"{error.format_message()} (see {path} --help)")
         code = error.exit_code  # type: ignore[attr-defined]
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing left to tidy
     sys.exit(code)
 
 
@@ -76,7 +92,8 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_top)
     for name, function in VERBS.items():
-        app.command(name, help=_paragraphs(function))(_guarded(function))
+        settings = {"auto_envvar_prefix": "MAESTRALE"} if function is serve else {}  # MAESTRALE_PORT is --port
+        app.command(name, help=_paragraphs(function), context_settings=settings)(_guarded(function))
     return app
 
 

@@ -6,10 +6,11 @@ import json as jsonlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from maestrale.batch import Batch, CacheLayout, Runner, StepOutput
     from maestrale.config import ModelConfig
     from maestrale.launch import Launched
-    from maestrale.torch_backend.runner import TorchRunner
 
 CONTEXT = 128  # tokens of each sequence before its decoding is measured
 _LARGEST_BATCH = 256  # pre-fill of that many still goes on beside decoding in steps of 512 tokens
@@ -35,25 +35,31 @@ def bench(
     batch: Annotated[str, typer.Option(help="Sequences decoded at once, one measurement for each.")] = "1,8,16",
     repeats: Annotated[int, typer.Option(help="Measurements of each kind, after one that warms up.")] = 5,
     dtype: opt.Dtype = "auto",
+    weights: opt.Weights = "auto",
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
+    threads: opt.Threads = None,
     json: opt.Json = False,
 ) -> None:
     """Measure pre-fill, decoding and memory, and the share reached of what the machine can do.
 
     Decoding starts after 128 tokens of each sequence. The last line is JSON; with --json it is the only one.
     """
+    from maestrale.checkpoint.dtypes import TORCH_NAMES
+
     sizes = read_sizes(batch)
     for name, value in (("prompt-tokens", prompt_tokens), ("decode-tokens", decode_tokens), ("repeats", repeats)):
         if value < 1:
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1")
     start = time.perf_counter()
     with opt.progress_line("loading") as progress:
-        stand = Stand(path, prompt_tokens, decode_tokens, sizes, progress, dtype, device, backend)
+        stand = Stand(path, prompt_tokens, decode_tokens, sizes, progress, dtype, weights, device, backend, threads)
+    launched = stand.launched
     facts: dict[str, Any] = {
         "path": str(path) if path else None,
-        "dtype": str(stand.dtype).removeprefix("torch."),
-        "device": str(stand.device),
+        "backend": launched.backend,
+        "dtype": TORCH_NAMES[launched.dtype],
+        "device": launched.device,
         "load_seconds": time.perf_counter() - start,
         "prompt_tokens": prompt_tokens,
         "context_tokens": CONTEXT,
@@ -62,8 +68,11 @@ def bench(
     with opt.progress_line("measuring") as progress:
         facts |= _measure(stand, sizes, repeats, progress)
     facts["peak_memory_bytes"] = peak_memory()  # before the limits are measured, which takes memory too
-    facts["limits"] = limits = machine_limits(stand.device, stand.dtype)
-    facts |= shares(stand.config, stand.dtype.itemsize, facts, limits)
+    if find_spec("torch") is not None:  # it measures the limits
+        import torch
+
+        limits = machine_limits(torch.device(launched.device), getattr(torch, TORCH_NAMES[launched.dtype]))
+        facts |= {"limits": limits} | shares(launched, facts, limits)
     if not json:
         _show(facts)
     print(jsonlib.dumps(facts))
@@ -108,8 +117,10 @@ class Stand:
         sizes: Sequence[int],
         progress: Callable[[int, int], None] = lambda done, total: None,
         dtype: str = "auto",
+        weights: str = "auto",
         device: str = "auto",
         backend: str = "auto",
+        threads: int | None = None,
     ):
         from maestrale.launch import Options, launch
 
@@ -117,12 +128,19 @@ class Stand:
         # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.
         self.slack = 2 * max(sizes) + 1
         longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
-        options = Options(dtype, "auto", device, backend, max_len=longest, max_sequences=max(sizes))
-        launched: Launched = launch(path, options, progress=progress)
-        self.config, self.engine = launched.config, launched.engine
-        cache = cast("TorchRunner", self.engine.runner).cache
-        self.dtype: torch.dtype = cache.dtype
-        self.device: torch.device = cache.device
+        options = Options(
+            dtype,
+            weights,
+            device,
+            backend,
+            max_len=longest,
+            max_sequences=max(sizes),
+            threads=threads,
+            prefix_cache=False,
+            speculate=False,
+        )
+        self.launched: Launched = launch(path, options, progress=progress)
+        self.config, self.engine = self.launched.config, self.launched.engine
         self.runner = self.engine.runner = TimedRunner(self.engine.runner)
 
     def prefill(self) -> float:
@@ -218,16 +236,19 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     }
 
 
-def shares(
-    config: ModelConfig, element_bytes: int, facts: dict[str, Any], limits: dict[str, float]
-) -> dict[str, dict[str, Any]]:
+def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
+    from maestrale.checkpoint.dtypes import byte_count
+
+    config, element_bytes = launched.config, byte_count(launched.dtype, (1,))
     work = prefill_operations(config, facts["prompt_tokens"])
     rate = facts["prefill"]["tokens_per_second"] / facts["prompt_tokens"] * work
     prefill = {"operations": work, "share_of_limit": rate / limits["matmul_operations_per_second"]}
     decode = {}
     for size, found in facts["decode"].items():
-        read = step_bytes(config, int(size), CONTEXT + facts["decode_tokens"] // 2, element_bytes)
+        read = step_bytes(
+            config, int(size), CONTEXT + facts["decode_tokens"] // 2, element_bytes, launched.tensor_bytes
+        )
         rate = found["tokens_per_second"] / int(size) * read
         decode[size] = {**found, "bytes_per_step": read, "share_of_limit": rate / limits["read_bytes_per_second"]}
     return {"prefill": facts["prefill"] | prefill, "decode": decode}
@@ -245,21 +266,25 @@ def prefill_operations(config: ModelConfig, length: int) -> int:
     return weights + 4 * pairs * config.n_heads * config.head_dim
 
 
-def step_bytes(config: ModelConfig, size: int, length: int, element_bytes: int) -> int:
+def step_bytes(
+    config: ModelConfig, size: int, length: int, element_bytes: int, tensor_bytes: Mapping[str, float] | None = None
+) -> int:
     """Bytes that a decode step of `size` sequences of `length` tokens must read: weights and cache.
 
+    element_bytes: of the cache, and of the weights where `tensor_bytes` does not say what each takes.
     Of a mixture's E experts, those that an even router would choose for so many tokens: E * (1 - (1 - K / E)^size).
     """
     from maestrale.plan import cache_bytes, tensor_plan
 
     weights = 0.0
-    for name, planned in tensor_plan(config).items():
-        if name == "tok_embeddings.weight" and not config.tied_embeddings:
+    sizes = tensor_bytes or {name: tensor.size * element_bytes for name, tensor in tensor_plan(config).items()}
+    for name, size_of in sizes.items():
+        if name == "tok_embeddings.weight" and (not config.tied_embeddings or "output.weight" in sizes):
             continue  # a row for each sequence: nothing
         chosen = 1.0
         if config.moe and ".experts." in name:
             chosen -= (1 - config.moe.num_experts_per_tok / config.moe.num_experts) ** size
-        weights += chosen * planned.size * element_bytes
+        weights += chosen * size_of
     return round(weights) + size * cache_bytes(config, length, element_bytes)
 
 
@@ -278,16 +303,16 @@ def _show(facts: dict[str, Any]) -> None:
             name,
             f"{found['tokens_per_second']:,.1f}",
             f"{found['lowest']:,.1f} … {found['highest']:,.1f}",
-            f"{found['share_of_limit']:.0%}",
+            f"{found['share_of_limit']:.0%}" if "share_of_limit" in found else "",
             f"{found['engine_ms_per_step']:.2f}" if "engine_ms_per_step" in found else "",
         )
     console = Console(highlight=False)
     console.print(table)
-    limits = facts["limits"]
-    console.print(
-        f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s in {facts['dtype']} (pre-fill), "
-        f"{limits['read_bytes_per_second'] / 1e9:,.1f} GB/s read (decode)"
-    )
+    if limits := facts.get("limits"):
+        console.print(
+            f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s in {facts['dtype']} "
+            f"(pre-fill), {limits['read_bytes_per_second'] / 1e9:,.1f} GB/s read (decode)"
+        )
     console.print(
         f"loaded in {facts['load_seconds']:.1f} s; peak memory {opt.readable_bytes(facts['peak_memory_bytes'])}"
     )

@@ -14,6 +14,7 @@ from maestrale.errors import UsageError
 
 if TYPE_CHECKING:
     from maestrale.llm import Completion
+    from maestrale.sampling.constraint import Constraint
 
 SEPARATOR = "====================="
 
@@ -55,17 +56,33 @@ def generate(
     ] = None,
     min_tokens: Annotated[int, typer.Option(help="No end before so many tokens.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(help="A file with a JSON schema that the continuation keeps to.", show_default=False),
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option(help="A regular expression that it matches as a whole.", show_default=False)
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(help="A file with a Lark grammar that it keeps to.", show_default=False)
+    ] = None,
     logprobs: Annotated[
         int | None,
         typer.Option(help="With --json: logprobs, and those of so many alternatives, 0 to 20.", show_default=False),
     ] = None,
     prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt.", show_default=False)] = None,
     dtype: opt.Dtype = "auto",
+    weights: opt.Weights = "auto",
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
+    threads: opt.Threads = None,
+    num_pipeline_ranks: opt.PipelineRanks = None,
+    tensor_parallel: opt.TensorParallel = None,
+    expert_parallel: opt.ExpertParallel = 1,
     max_len: opt.MaxLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
+    adapter: opt.Adapter = None,
     json: opt.Json = False,
 ) -> None:
     """Continue prompts, all in one batch. One prompt is streamed; several are printed in order.
@@ -95,31 +112,54 @@ def generate(
         ignore_eos=ignore_eos,
         beam_width=beam_width,
         length_penalty=length_penalty,
+        constraint=_constraint(json_schema, regex, grammar),
     )
     llm = opt.open_llm(
         path,
         dtype=dtype,
+        weights=weights,
         device=device,
         backend=backend,
+        threads=threads,
+        num_pipeline_ranks=num_pipeline_ranks,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
         max_len=max_len,
         max_batch_tokens=max_batch_tokens,
         ignore_unexpected=ignore_unexpected,
+        adapters={"adapter": adapter} if adapter else None,
     )
+    name = "adapter" if adapter else None
     if len(texts) == 1 and n == 1 and not json:
         before = texts[0]  # shown with the first piece: a prompt that is refused is not shown
-        for piece in llm.stream(texts[0], params):
+        for piece in llm.stream(texts[0], params, adapter=name):
             print(before + piece.text, end="", flush=True)
             before = ""
         print()
         return
     with opt.progress_line("generating") as progress:
-        completions = llm.generate(texts, params, progress=progress)
+        completions = llm.generate(texts, params, adapter=name, progress=progress)
     for i, completion in enumerate(completions):
         if json:
             print(jsonlib.dumps(as_json(texts[i // n], completion), ensure_ascii=False))
         else:
             print(texts[i // n] + completion.text)
             print(SEPARATOR)
+
+
+def _constraint(json_schema: Path | None, regex: str | None, grammar: Path | None) -> Constraint | None:
+    from maestrale.sampling.constraint import read_constraint
+
+    given: list[tuple[str, str, Any]] = []  # what an error names, kind, words
+    if json_schema is not None:
+        given.append((str(json_schema), "json_schema", opt.read_text(json_schema)))
+    if regex is not None:
+        given.append(("--regex", "regex", regex))
+    if grammar is not None:
+        given.append((str(grammar), "grammar", opt.read_text(grammar)))
+    if len(given) > 1:
+        raise UsageError("expected at most one of --json-schema, --regex and --grammar")
+    return read_constraint({given[0][1]: given[0][2]}, given[0][0]) if given else None
 
 
 def as_json(prompt: str, completion: Completion) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""The lines a user typed, kept from one run to the next for the arrow keys; readable by that user alone."""
+"""What a user typed, kept from one run to the next for the arrow keys; readable by that user alone."""
 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
-KEPT = 1000  # lines
+KEPT = 1000  # entries
 
 
 def history_path() -> Path:
@@ -17,43 +18,35 @@ def history_path() -> Path:
 
 
 class History:
-    """Gives the last lines to readline and appends each new one to the file, so that a kill loses none.
+    """The last entries, and a file to which each new one is appended at once, so that a kill loses none.
 
-    The file is opened once: mode 0600 whatever it was, and never through a link. A place that cannot be written is
-    warned of, and nothing is kept.
+    An entry is a line of the file; a line end within it is written \\n, a backslash \\\\. The file is opened once:
+    mode 0600 whatever it was, and never through a link. A place that cannot be written is warned of, and nothing is
+    kept.
     """
 
     def __init__(self, path: Path):
         self._file = -1
-        try:
-            import readline  # line editing comes with it
-        except ImportError:
-            warnings.warn("this Python has no readline: no line editing, no history", stacklevel=2)
-            return
+        self.entries: list[str] = []
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = os.open(path, flags, 0o600)
             os.fchmod(self._file, 0o600)
-            with open(self._file, encoding="utf-8", errors="replace", closefd=False) as file:
-                lines = file.read().splitlines()
+            with open(self._file, encoding="utf-8", errors="replace", newline="\n", closefd=False) as file:
+                lines = [line for line in file.read().split("\n") if line]
             if len(lines) > 2 * KEPT:
                 os.ftruncate(self._file, 0)
                 os.write(self._file, "".join(f"{line}\n" for line in lines[-KEPT:]).encode())
         except OSError as error:
             warnings.warn(f"{path}: history is not kept: {error.strerror or error}", stacklevel=2)
             return
-        readline.set_auto_history(False)
-        readline.clear_history()
-        for line in lines[-KEPT:]:
-            readline.add_history(line)
+        self.entries = [re.sub(r"\\([n\\])", lambda m: "\n" if m[1] == "n" else "\\", line) for line in lines[-KEPT:]]
 
-    def add(self, line: str) -> None:
-        if self._file < 0 or not line.strip():
+    def add(self, entry: str) -> None:
+        if self._file < 0 or not entry.strip():
             return
-        import readline
-
-        readline.add_history(line)
+        line = entry.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", " ")
         with suppress(OSError):  # a full disk is no reason to end a conversation
             os.write(self._file, f"{line}\n".encode(errors="replace"))
 

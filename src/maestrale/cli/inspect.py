@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections import Counter
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +21,12 @@ if TYPE_CHECKING:
 
 _LONGEST = (1 << 31) - 1  # positions that the engine counts to
 _CONTEXT = 32768  # where neither --length nor the folder says
+_LAYOUTS = {
+    "packed": "packed (params.json, packed.safetensors)",
+    "mistral": "native (params.json)",
+    "hf": "Hugging Face (config.json)",
+    "gguf": "GGUF",
+}
 
 
 def inspect(
@@ -32,6 +37,12 @@ def inspect(
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="To run in: float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Which divisions fit these: 2x24GB, or 8x80GB.", show_default=False),
+    ] = None,
+    device_bandwidth: Annotated[float, typer.Option(help="With --devices: of a device's memory, GB/s.")] = 1000.0,
+    link: Annotated[float, typer.Option(help="With --devices: between two devices, GB/s.")] = 25.0,
     check_tensors: Annotated[
         bool, typer.Option("--check-tensors", help="Read all weights; name those with NaN or Inf and leave with 3.")
     ] = False,
@@ -39,15 +50,20 @@ def inspect(
     as_json: opt.Json = False,
 ) -> None:
     """Show a model's architecture, parameters, memory and tokenizer; only headers are read."""
-    from maestrale.checkpoint.dtypes import read_dtype
+    from maestrale.checkpoint.dtypes import byte_count, read_dtype
     from maestrale.checkpoint.reader import check_finite, open_checkpoint
+    from maestrale.cli.splits import read_devices, splits
     from maestrale.launch import model_folder
 
+    planned = None if devices is None else read_devices(devices, device_bandwidth, link)
     for name, value in (("length", length), ("batch", batch)):
         if value is not None and not 0 < value <= _LONGEST:
             raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
     with open_checkpoint(model_folder(path), ignore_unexpected) as checkpoint:
         facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype))
+        if planned is not None:
+            element_bytes = byte_count(facts["weights"]["dtype"], (1,))
+            facts["splits"] = splits(checkpoint.config, planned, facts["cache"]["length"], batch, element_bytes)
         if check_tensors:
             facts["bad_tensors"] = check_finite(checkpoint)
     if as_json:
@@ -59,7 +75,7 @@ def inspect(
 
 
 def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str) -> dict[str, Any]:
-    """What `--json` prints. Sizes in bytes, lengths in tokens.
+    """What `--json` prints. Sizes in bytes, lengths in tokens; weights.bits: stored for a weight, on average.
 
     cache.longest_context: the most tokens of each of `batch` sequences that fit memory.cache_budget; null where any
     length does, which windows in all layers make possible.
@@ -67,12 +83,10 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     from maestrale.checkpoint.dtypes import byte_count
     from maestrale.launch import longest_context
     from maestrale.memory import available_memory, cache_budget
-    from maestrale.plan import cache_bytes, count_parameters, tensor_plan
+    from maestrale.plan import cache_bytes, count_parameters
 
     config = checkpoint.config
-    stored: Counter[str] = Counter()
-    for name, tensor in tensor_plan(config).items():
-        stored[checkpoint.stored_dtype(name)] += byte_count(checkpoint.stored_dtype(name), tensor.shape)
+    stored = checkpoint.stored_bits()
     element_bytes = byte_count(dtype, (1,))
     total, active = count_parameters(config)
     weight_bytes, memory = total * element_bytes, available_memory()
@@ -88,7 +102,12 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
         "config": asdict(config),
         "parameters": {"total": total, "active": active},
         "tokenizer": _tokenizer(checkpoint.folder, config),
-        "weights": {"stored": dict(stored), "dtype": dtype, "bytes": weight_bytes},
+        "weights": {
+            "stored": {kind: bits // 8 for kind, bits in stored.items()},
+            "bits": round(stored.total() / total, 3),
+            "dtype": dtype,
+            "bytes": weight_bytes,
+        },
         "cache": {
             "length": length,
             "batch": batch,
@@ -125,7 +144,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     weights = facts["weights"]
     rows = [
         ("Model", facts["path"]),
-        ("layout", {"mistral": "native (params.json)", "hf": "Hugging Face (config.json)"}[facts["layout"]]),
+        ("layout", _LAYOUTS[facts["layout"]]),
         ("files", f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}, {_size(sum(files.values()))}"),
         ("tokenizer", facts["tokenizer"]["kind"] or f"none: {facts['tokenizer']['error']}"),
         ("parameters", f"{total:,}" if active == total else f"{total:,}, of which a token uses {active:,}"),
@@ -143,7 +162,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     longest = "any" if cache["longest_context"] is None else f"{cache['longest_context']:,} tokens"
     rows += [
         ("Memory", ""),
-        ("weights, stored", ", ".join(f"{_size(size)} of {dtype}" for dtype, size in weights["stored"].items())),
+        ("weights, stored", ", ".join(f"{_size(size)} of {kind}" for kind, size in weights["stored"].items())),
+        ("bits a weight", f"{weights['bits']:g}"),
         (f"weights, as {weights['dtype']}", _size(weights["bytes"])),
         ("cache", f"{_size(cache['bytes'])} at {cache['length']:,} tokens{sequences}"),
         ("without windows", _size(cache["bytes_without_windows"])),
@@ -151,10 +171,28 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fits here", "yes" if memory["fits"] else "no"),
         ("longest that fits", longest),
     ]
+    if "splits" in facts:
+        rows += [("Divisions", "")]
+        rows += [(_division(split), _cost(split)) for split in facts["splits"]] or [
+            ("none", "the model cannot be divided so")
+        ]
     if "bad_tensors" in facts:
         bad = facts["bad_tensors"]
         rows += [("Tensors", ""), ("with NaN or Inf", ", ".join(bad) or "none")]
     return rows
+
+
+def _division(split: dict[str, Any]) -> str:
+    experts = f", {split['expert']} groups of experts" if split["expert"] > 1 else ""
+    stages, shards = split["pipeline"], split["tensor"]
+    return f"{stages} stage{'s' * (stages > 1)} x {shards} shard{'s' * (shards > 1)}{experts}"
+
+
+def _cost(split: dict[str, Any]) -> str:
+    held = f"{_size(split['weight_bytes'])} of weights and {_size(split['cache_bytes'])} of cache on a rank"
+    if not split["fits"]:
+        return f"does not fit: {held}"
+    return f"{held}; {split['seconds_per_token'] * 1e3:.3g} ms a step, {split['tokens_per_second']:,.0f} tokens/s"
 
 
 _size = opt.readable_bytes

@@ -26,13 +26,41 @@ Dtype = Annotated[
     str, typer.Option(help="Compute in float32, bfloat16, float16 or auto (as stored).", rich_help_panel=MODEL)
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=MODEL)]
-Backend = Annotated[str, typer.Option(help="auto or torch.", rich_help_panel=MODEL)]
+Weights = Annotated[
+    str, typer.Option(help="auto (as stored), bf16, int8 or int4 (quantized while loading).", rich_help_panel=MODEL)
+]
+Backend = Annotated[
+    str, typer.Option(help="auto (torch on a GPU, else native), native or torch.", rich_help_panel=MODEL)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of the native backend; all cores where not said.", show_default=False, rich_help_panel=MODEL
+    ),
+]
 MaxLen = Annotated[
     int | None,
     typer.Option(help="Longest prompt and completion together, in tokens.", show_default=False, rich_help_panel=MODEL),
 ]
 MaxBatchTokens = Annotated[
     int | None, typer.Option(help="Most tokens computed in one step.", show_default=False, rich_help_panel=MODEL)
+]
+PipelineRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--num-pipeline-ranks", help="Under torchrun: stages of layers.", show_default=False, rich_help_panel=MODEL
+    ),
+]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(help="Under torchrun: shards of each layer.", show_default=False, rich_help_panel=MODEL),
+]
+ExpertParallel = Annotated[
+    int, typer.Option(help="Under torchrun: groups that a mixture's experts are divided into.", rich_help_panel=MODEL)
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="A LoRA adapter to run the model with, unmerged.", show_default=False, rich_help_panel=MODEL),
 ]
 IgnoreUnexpected = Annotated[
     bool,

@@ -10,24 +10,29 @@ from maestrale.engine.scheduler import Schedule
 
 def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
     """wanted: for each sequence of the schedule, the positions (of those computed now) whose logits are wanted."""
-    spans = [(sequence.computed, sequence.computed + count) for sequence, count in schedule.work]
-    starts = np.cumsum([0] + [end - begin for begin, end in spans])
+    token_ids: list[int] = []
+    positions: list[int] = []
+    logit_rows: list[int] = []
+    starts = [0]
+    for (sequence, count), rows in zip(schedule.work, wanted, strict=True):
+        begin, shift = sequence.computed, starts[-1] - sequence.computed
+        known = sequence.tokens[begin : begin + count]
+        token_ids += known + sequence.draft[: count - len(known)]
+        positions += range(begin, begin + count)
+        logit_rows += range(rows.start + shift, rows.stop + shift)
+        starts.append(starts[-1] + count)
+    adapters = [sequence.request.adapter for sequence, _ in schedule.work]
     tables = [sequence.table for sequence, _ in schedule.work if sequence.table is not None]
     return Batch(
-        token_ids=np.concatenate(
-            [np.array(s.tokens[begin:end], np.int64) for (s, _), (begin, end) in zip(schedule.work, spans, strict=True)]
-        ),
-        positions=np.concatenate([np.arange(begin, end) for begin, end in spans]),
-        starts=starts,
+        token_ids=np.array(token_ids, np.int64),
+        positions=np.array(positions, np.int64),
+        starts=np.array(starts, np.int64),
         tables=tuple(np.stack(entries) for entries in zip(*(table.entries for table in tables), strict=True)),
         copies=tuple(
             np.array([(a, b) for k, a, b in schedule.copies if k == kind], np.int64).reshape(-1, 2)
             for kind in range(n_kinds)
         ),
-        logit_rows=np.concatenate(
-            [
-                np.arange(rows.start, rows.stop) - begin + start
-                for rows, (begin, _), start in zip(wanted, spans, starts[:-1], strict=True)
-            ]
-        ),
+        logit_rows=np.array(logit_rows, np.int64),
+        experts=any(sequence.request.params.experts for sequence, _ in schedule.work),
+        adapters=np.array(adapters, np.int64) if max(adapters) >= 0 else None,
     )

@@ -8,12 +8,13 @@ from numbers import Integral, Real
 from typing import Any
 
 from maestrale.errors import RequestError
+from maestrale.sampling.constraint import Constraint, read_constraint
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000  # characters
 
 # name → (kind, whether None is allowed, lowest, highest), both ends allowed
-_RANGES: dict[str, tuple[type, bool, int, int]] = {
+_RANGES: dict[str, tuple[type, bool, float, float]] = {
     "max_tokens": (int, False, 0, 2**31 - 1),
     "temperature": (float, False, 0, 2),
     "top_k": (int, False, 0, 2**31 - 1),
@@ -25,13 +26,18 @@ _RANGES: dict[str, tuple[type, bool, int, int]] = {
     "prompt_logprobs": (int, True, 0, 20),
     "presence_penalty": (float, False, -2, 2),
     "frequency_penalty": (float, False, -2, 2),
-    "repetition_penalty": (float, False, 0, 10),
+    "repetition_penalty": (float, False, 0.01, 10),
     "min_tokens": (int, False, 0, 2**31 - 1),
     "beam_width": (int, False, 1, 4096),
     "length_penalty": (float, False, -10, 10),
 }
-_ABOVE_ZERO = ("top_p", "repetition_penalty")
+_ABOVE_ZERO = ("top_p",)
 _BIAS_LIMIT = 100
+
+
+def limits(name: str) -> tuple[float, float]:
+    """The lowest and the highest value of a field that is a number."""
+    return _RANGES[name][2:]
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,10 @@ class SamplingParams:
     seed: any int64; None lets the engine choose one. The same seed gives the same tokens, whatever else runs.
     stop: a string or a list of at most 16 of up to 1000 characters; the text ends before the first of them.
     n: how many continuations, 1 to 128.
+    experts: also say which experts of a mixture gave each token.
     logprobs, prompt_logprobs: None = none; k = the token's own and the k likeliest, 0 to 20.
-    presence_penalty, frequency_penalty: -2 to 2, over generated tokens. repetition_penalty: (0, 10], prompt included.
+    presence_penalty, frequency_penalty: -2 to 2, over generated tokens.
+    repetition_penalty: 0.01 to 10, prompt included.
     logit_bias: token id → number added to its logit, -100 to 100.
     min_tokens: no end of sequence before so many tokens. ignore_eos: go on after an end of sequence.
     beam_width: 1 to 4096, at most the tokens of a step. Above 1, beam search is used: it is deterministic and takes
@@ -54,6 +62,8 @@ class SamplingParams:
         beams are returned. The temperature, top_k, top_p, min_p, seed, the penalties on tokens and logit_bias are
         then not used.
     length_penalty: beam search divides a score by length ** length_penalty; above 0 favours long text. -10 to 10.
+    constraint: what the text must be: {"json_object": True}, {"json_schema": …}, {"regex": …} or {"grammar": …}
+        (`read_constraint`). The sequence ends where it is complete. Not with beams, nor with ignore_eos.
 
     Whole numbers are accepted where a float is asked; a bool or a string is never a number.
     """
@@ -76,6 +86,8 @@ class SamplingParams:
     ignore_eos: bool = False
     beam_width: int = 1
     length_penalty: float = 1.0
+    constraint: Constraint | Mapping[str, Any] | None = None
+    experts: bool = False
 
     def __post_init__(self) -> None:
         for name, (kind, optional, low, high) in _RANGES.items():
@@ -83,8 +95,9 @@ class SamplingParams:
             if value is None and optional:
                 continue
             object.__setattr__(self, name, _number(name, name, value, kind, low, high, name in _ABOVE_ZERO))
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos = {_show(self.ignore_eos)}: expected true or false", "ignore_eos")
+        for name in ("ignore_eos", "experts"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} = {_show(getattr(self, name))}: expected true or false", name)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.min_tokens > self.max_tokens:
@@ -93,6 +106,9 @@ class SamplingParams:
             )
         if self.beam_width > 1 and self.n > self.beam_width:
             raise RequestError(f"n = {self.n}: expected at most beam_width = {self.beam_width}", "n")
+        object.__setattr__(self, "constraint", read_constraint(self.constraint))
+        if self.constraint is not None and (self.beam_width > 1 or self.ignore_eos):
+            raise RequestError("constraint: expected neither beam_width above 1 nor ignore_eos beside it", "constraint")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """RequestError where logit_bias names a token id that a vocabulary of `vocab_size` does not have."""
@@ -104,7 +120,7 @@ class SamplingParams:
                 )
 
 
-def _number(param: str, name: str, value: Any, kind: type, low: int, high: int, above_low: bool = False) -> Any:
+def _number(param: str, name: str, value: Any, kind: type, low: float, high: float, above_low: bool = False) -> Any:
     wanted: Any = Integral if kind is int else Real
     fits = isinstance(value, wanted) and not isinstance(value, bool) and low <= value <= high
     number = kind(value) if fits else low

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from maestrale.errors import RequestError
+from maestrale.text.tools import short_id
 from maestrale.text.vocabulary import require_text
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+_MOST_WEIGHT = 100
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
 
@@ -31,6 +32,7 @@ class Turn:
 
     calls: an assistant's. answers: the call that a tool's text is the result of.
     prefix: the assistant's text is only begun, the model goes on with it.
+    weight: how much an assistant's words count in training; nothing else reads it.
     """
 
     role: str
@@ -38,13 +40,15 @@ class Turn:
     calls: tuple[Call, ...] = ()
     answers: Call | None = None
     prefix: bool = False
+    weight: float = 1.0
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
+def read_messages(messages: Sequence[Mapping[str, Any]], finished: bool = False) -> list[Turn]:
     """The turns of a chat, in order; an assistant's empty messages, which say nothing, are left out.
 
     RequestError (param "messages") for what is no chat, a result without its call, a content that is no text, and a
-    chat that leaves the assistant nothing to say.
+    chat that leaves the assistant nothing to say; or, of one that is `finished`, in which it has not said the last
+    word.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence) or not messages:
         raise _wrong("messages", "expected a list of at least one message")
@@ -54,13 +58,17 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Turn]:
     for i, turn in enumerate(turns[:-1]):
         if turn.prefix:
             raise _wrong(f"messages[{i}]", "prefix: only the last message can be one to go on with")
-    if last is not None and last.role == "assistant" and not last.prefix:
+    if finished:
+        if last is None or last.role != "assistant" or last.prefix or not (last.text or last.calls):
+            raise _wrong("messages", "the last one must be a finished answer of the assistant")
+        turns = [_weighed(f"messages[{i}]", *both) for i, both in enumerate(zip(turns, messages, strict=True))]
+    elif last is not None and last.role == "assistant" and not last.prefix:
         raise _wrong("messages", "the last one is the assistant's: add a user message, or set its prefix to true")
     return [turn for turn in turns if turn.role != "assistant" or turn.text or turn.calls]
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """name, description and parameters of each function offered. RequestError (param "tools") for anything else."""
+    """name, description, parameters, strict of each function offered. RequestError (param "tools") for others."""
     if tools is None:
         return []
     if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools, Sequence):
@@ -73,11 +81,13 @@ def _function(where: str, tool: Any) -> dict[str, Any]:
     if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
         raise RequestError(f'{where}: expected {{"type": "function", "function": {{…}}}}', param="tools")
     name, description = function.get("name"), function.get("description")
-    parameters = function.get("parameters")
+    parameters, strict = function.get("parameters"), function.get("strict")
     if not isinstance(name, str) or not name:
         raise RequestError(f"{where}.function.name: expected a name, got {name!r}", param="tools")
     if not isinstance(parameters, Mapping | None):
         raise RequestError(f"{where}.function.parameters: expected a JSON schema, got {parameters!r}", param="tools")
+    if not isinstance(strict, bool | None):
+        raise RequestError(f"{where}.function.strict = {strict!r}: expected true or false", param="tools")
     read = {"name": name, "description": "" if description is None else description, "parameters": parameters or {}}
     try:
         require_text(json.dumps(read, ensure_ascii=False, allow_nan=False), "tools")
@@ -85,7 +95,7 @@ def _function(where: str, tool: Any) -> dict[str, Any]:
         raise RequestError(f"{where}.function: no JSON: {error}", param="tools") from None
     if not isinstance(read["description"], str):
         raise RequestError(f"{where}.function.description: expected text", param="tools")
-    return read
+    return read | {"strict": bool(strict)}
 
 
 def _turn(where: str, message: Any, calls: dict[str, Call]) -> Turn:
@@ -115,6 +125,18 @@ def _turn(where: str, message: Any, calls: dict[str, Call]) -> Turn:
             raise _wrong(where, f"tool_call_id = {call_id!r} answers no call of an assistant message before it")
         return Turn(role, text, answers=call)
     return Turn("system" if role == "developer" else role, text)
+
+
+def _weighed(where: str, turn: Turn, message: Mapping[str, Any]) -> Turn:
+    """A turn with its message's `weight`, which an assistant's alone may have."""
+    weight = message.get("weight")
+    if weight is None:
+        return turn
+    if type(weight) not in (int, float) or not 0 <= weight <= _MOST_WEIGHT:
+        raise _wrong(where, f"weight = {weight!r:.40}: expected a number from 0 to {_MOST_WEIGHT}")
+    if turn.role != "assistant":
+        raise _wrong(where, "weight: only an assistant's message is learnt and can have one")
+    return replace(turn, weight=float(weight))
 
 
 def _text(where: str, content: Any) -> str:
@@ -156,7 +178,7 @@ def _short_id(call_id: str) -> str:
     """Nine letters and digits, as these models learned call ids: the id itself, or always the same nine for it."""
     if _SHORT_ID.fullmatch(call_id):
         return call_id
-    return hashlib.sha256(call_id.encode(errors="surrogatepass")).hexdigest()[:9]
+    return short_id(call_id)
 
 
 def _checked(where: str, text: str) -> str:

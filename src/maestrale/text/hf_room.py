@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from maestrale.errors import CheckpointError
 from maestrale.text.vocabulary import Pieces, Vocabulary, require_size
 
+_SYSTEM = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
+_ADDED_CONTROLS = {"v11": _SYSTEM | {"[ARGS]", "[CALL_ID]"}, "v7": _SYSTEM, "v3": set()}
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -50,7 +53,7 @@ def read_hf(path: Path, content: bytes, vocab_size: int) -> Vocabulary:
         )
     return Vocabulary(
         kind="hf",
-        chat_version="v3" if {"[INST]", "[/INST]"} <= controls.keys() else None,
+        chat_version=_chat_version(controls.keys()),
         bos_id=bos_id,
         eos_id=eos_id,
         controls=controls,
@@ -58,6 +61,14 @@ def read_hf(path: Path, content: bytes, vocab_size: int) -> Vocabulary:
         encode_text=lambda text: model.encode(text, add_special_tokens=False).ids,
         path=path,
     )
+
+
+def _chat_version(controls: Set[str]) -> str | None:
+    """The newest form whose control tokens are there; v13 has those of v11, and says so nowhere."""
+    for version, added in _ADDED_CONTROLS.items():
+        if controls >= {"[INST]", "[/INST]"} | added:
+            return version
+    return None
 
 
 def _json(path: Path, content: bytes) -> dict[str, Any]:

@@ -22,6 +22,11 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(pieces.errors)
         self._at_beginning = True
 
+    @property
+    def drops_space(self) -> bool:
+        """Whether a space that the next token begins with would not be shown."""
+        return self._at_beginning and bool(self._pieces.opening)
+
     def push(self, token_id: int) -> str:
         """The new text, perhaps "". RequestError for an id outside the vocabulary."""
         shown = self._pieces.shown

@@ -6,16 +6,17 @@ its sampling fields are narrower than ours and never set. It is imported at the 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from maestrale.errors import RequestError
 from maestrale.text.chat import Turn
+from maestrale.text.tools import TOOL_CONTROLS, require_tools
 from maestrale.text.vocabulary import Vocabulary
 
 _INST = {"[INST]", "[/INST]"}
 _SYSTEM = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
 _ARGUMENTS = {"[ARGS]", "[CALL_ID]"}
-_TOOLS = {"[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]"}
 # Version → mistral-common's class that merges messages, and the control tokens without which there is no chat.
 _VERSIONS: dict[str | None, tuple[str, set[str]]] = {
     "v1": ("InstructRequestNormalizer", set()),
@@ -25,6 +26,16 @@ _VERSIONS: dict[str | None, tuple[str, set[str]]] = {
     "v11": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
     "v13": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
 }
+
+
+def has_chat(vocabulary: Vocabulary) -> bool:
+    """Whether a chat can be written with these tokens (whether the model has learnt to chat, no file says)."""
+    return vocabulary.chat_version in _VERSIONS and _VERSIONS[vocabulary.chat_version][1] <= vocabulary.controls.keys()
+
+
+def has_tools(vocabulary: Vocabulary) -> bool:
+    """Whether there are tokens for tools and their calls."""
+    return has_chat(vocabulary) and vocabulary.controls.keys() >= TOOL_CONTROLS
 
 
 class ChatTemplate:
@@ -40,10 +51,12 @@ class ChatTemplate:
                 param="messages",
             )
         from mistral_common.protocol.instruct import normalize
+        from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
         from mistral_common.tokens.tokenizers import instruct
 
         self._vocabulary = vocabulary
         self._normalizer = getattr(normalize, normalizer).normalizer()
+        self._normalizer._assistant_message_class = FinetuningAssistantMessage  # the one that keeps its weight
         tokenizer: Any = _Encoder(vocabulary)
         if version == "v13":  # its template insists on mistral-common's own class
             from mistral_common.tokens.tokenizers.tekken import Tekkenizer
@@ -56,27 +69,47 @@ class ChatTemplate:
     def encode(self, turns: list[Turn], tools: list[dict[str, Any]]) -> list[int]:
         """Ids of the chat. RequestError for tools where the tokenizer has no tokens for them, and for what the
         template cannot say (version 2: two results for one message of calls)."""
+        return self._encode(self._template, turns, tools)
+
+    def encode_finished(self, turns: list[Turn], tools: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+        """(ids, weight of each), as Tokenizer.encode_conversation says."""
+        answers: list[tuple[list[int], float]] = []
+        template = copy.copy(self._template)
+
+        def recorded(message: Any, is_before_last_user_message: bool) -> list[int]:
+            ids = self._template.encode_assistant_message(message, is_before_last_user_message)
+            answers.append((ids, message.weight))
+            return ids
+
+        template.encode_assistant_message = recorded
+        ids = self._encode(template, turns, tools)
+        weights, start = [0.0] * len(ids), 0
+        for answer, weight in answers:
+            if answer:  # version 2 leaves out calls of long ago
+                end = ids.index(self._vocabulary.eos_id, start) + 1  # no other message has an end-of-sequence token
+                weights[end - len(answer) : end] = [weight] * len(answer)
+                start = end
+        return ids, weights
+
+    def _encode(self, template: Any, turns: list[Turn], tools: list[dict[str, Any]]) -> list[int]:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
         from mistral_common.protocol.instruct.tool_calls import Function, Tool
 
-        if not self._vocabulary.controls.keys() >= _TOOLS and (tools or any(t.calls or t.answers for t in turns)):
-            raise RequestError(
-                f"tools: the {self._vocabulary.kind} tokenizer has no tokens for them; use a model of v0.3 or later",
-                param="tools" if tools else "messages",
-            )
+        if tools or any(turn.calls or turn.answers for turn in turns):
+            require_tools(self._vocabulary, "tools" if tools else "messages")
         offered = [Tool(function=Function(**function)) for function in tools]
         request = ChatCompletionRequest(messages=self._messages(turns), tools=offered or None)
         try:
             merged = self._normalizer.from_chat_completion_request(request)
-            ids: list[int] = self._template.encode_instruct(merged).tokens
+            ids: list[int] = template.encode_instruct(merged).tokens
         except (MistralCommonException, ValueError, RecursionError) as error:
             raise RequestError(f"messages: {str(error).partition(chr(10))[0]}", param="messages") from None
         return ids
 
     def _messages(self, turns: list[Turn]) -> list[Any]:
         from mistral_common.protocol.instruct.messages import (
-            AssistantMessage,
+            FinetuningAssistantMessage,
             SystemMessage,
             ToolMessage,
             UserMessage,
@@ -104,7 +137,11 @@ class ChatTemplate:
                     if self._splits_calls and last and last.role == "assistant" and bool(last.tool_calls) != bool(made):
                         # Says nothing, and keeps the normalizer from merging what the template would then refuse.
                         messages.append(SystemMessage(content=""))
-                    messages.append(AssistantMessage(content=text, tool_calls=made or None, prefix=turn.prefix))
+                    messages.append(
+                        FinetuningAssistantMessage(
+                            content=text, tool_calls=made or None, prefix=turn.prefix, weight=turn.weight
+                        )
+                    )
         return messages
 
 

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import nn
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
+from maestrale.checkpoint.adapter import Adapter
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.errors import MemoryLimitError
+from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
+from maestrale.torch_backend.embed import embed
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
+from maestrale.torch_backend.watch import Watch
 
 
 class TorchRunner:
-    """A model and its cache on one device."""
+    """A model, its cache and its adapters on one device."""
 
-    def __init__(self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend):
+    def __init__(
+        self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend, adapters: Sequence[Adapter] = ()
+    ):
         weight = model.norm.weight
+        self.adapters = Adapters(model, adapters) if adapters else None
         self.model, self._layout = model, layout
         with _memory_errors():
             self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
@@ -35,9 +45,21 @@ class TorchRunner:
         tokens_T, positions_T, rows_N = (
             torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
         )
-        with _memory_errors():
+        self._begin(batch)
+        watch = Watch(self.model) if batch.experts and self.model.config.moe else None
+        with _memory_errors(), watch or nullcontext():
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
-            return StepOutput(logits_NV.cpu().numpy())
+            return StepOutput(logits_NV.cpu().numpy(), watch.experts(rows_N) if watch else None)
+
+    def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
+        """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
+        with _memory_errors():
+            yield from embed(self.model, token_ids, self.cache.kernel, self.layout.max_chunk, self._begin)
+
+    def _begin(self, batch: Batch) -> None:
+        """Before the model runs: whose rows are whose."""
+        if self.adapters is not None:
+            self.adapters.begin(batch, self.cache.device)
 
 
 @contextmanager
@@ -59,6 +81,19 @@ def open_runner(
     dtype: str,
     device: str,
     progress: Callable[[int, int], None],
+    adapters: Sequence[Adapter] = (),
+    *,
+    hidden: bool = False,
+    head: NDArray[np.float32] | None = None,
 ) -> TorchRunner:
-    """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16")."""
-    return TorchRunner(load_model(checkpoint, DTYPES[dtype], torch.device(device), progress), layout)
+    """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
+
+    hidden: give what the output layer would read [N, dim] in place of logits. head: another output layer [n, dim].
+    """
+    model = load_model(checkpoint, DTYPES[dtype], torch.device(device), progress)
+    if hidden:
+        model.output = nn.Identity()  # type: ignore[assignment]
+    elif head is not None:
+        model.output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
+        model.output.weight = nn.Parameter(torch.from_numpy(head).to(model.norm.weight), requires_grad=False)
+    return TorchRunner(model, layout, adapters=adapters)

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "linear.h"
 
 namespace maestrale {
@@ -32,6 +33,18 @@ struct Kernels {
   // Limits, for benchmarks: reads memory; multiplies in registers and returns how many operations that were.
   void (*read)(const uint8_t* p, int64_t size);
   double (*multiply)(Format format, int64_t rounds);
+
+  // y = x / sqrt(mean(x²) + eps) * weight, n entries (N3).
+  void (*norm)(const float* x, const float* weight, int64_t n, float eps, float* y);
+
+  // y[e] = the product of x and row e of gate [experts][n].
+  void (*scores)(const float* gate, int64_t experts, const float* x, int64_t n, float* y);
+
+  // x += the sum over k of weights[k] * rows[k], in the order of k.
+  void (*mix)(float* x, const float* const* rows, const float* weights, int64_t count, int64_t n);
+
+  WriteKeys write_keys;
+  AttendSpan attend;
 };
 
 // The tables that this processor can run, the fastest first; the last is `generic`.

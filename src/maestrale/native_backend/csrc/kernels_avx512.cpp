@@ -24,9 +24,12 @@ namespace maestrale::avx512 {
 #include "prepare.inl"
 #include "linear.inl"
 #include "limits.inl"
+#include "rows.inl"
+#include "attention.inl"
 
 extern const Kernels table;
-const Kernels table = {"avx512", prepare, linear, swiglu, read_all, multiply_all};
+const Kernels table = {"avx512", prepare, linear, swiglu, read_all, multiply_all,
+                       norm, scores, mix, write_keys, attend};
 }  // namespace maestrale::avx512
 
 #if defined(__clang__)

@@ -12,7 +12,10 @@ namespace maestrale::generic {
 #include "prepare.inl"
 #include "linear.inl"
 #include "limits.inl"
+#include "rows.inl"
+#include "attention.inl"
 
 extern const Kernels table;
-const Kernels table = {"generic", prepare, linear, swiglu, read_all, multiply_all};
+const Kernels table = {"generic", prepare, linear, swiglu, read_all, multiply_all,
+                       norm, scores, mix, write_keys, attend};
 }  // namespace maestrale::generic

@@ -22,9 +22,12 @@ namespace maestrale::neon {
 #include "prepare.inl"
 #include "linear.inl"
 #include "limits.inl"
+#include "rows.inl"
+#include "attention.inl"
 
 extern const Kernels table;
-const Kernels table = {"neon", prepare, linear, swiglu, read_all, multiply_all};
+const Kernels table = {"neon", prepare, linear, swiglu, read_all, multiply_all,
+                       norm, scores, mix, write_keys, attend};
 }  // namespace maestrale::neon
 
 #if defined(__clang__)

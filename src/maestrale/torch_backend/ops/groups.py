@@ -16,7 +16,8 @@ class Group:
 
     rows_BN: int64, rows of the step's q. keys_BS: int64, slots of the cache, short rows padded with slots of their own.
     mask_BNS: in q's dtype, 0 where visible and -inf where not (padding never is).
-    Either B = 1 (a chunk of one sequence) or N = 1 (a decode step of several): no query is ever padded.
+    Either B = 1 (a chunk of one sequence) or N = 1 (a decode step of several): no query is ever padded. The groups of a
+    step hold each row once; a group that is alone holds them in order.
     """
 
     rows_BN: torch.Tensor

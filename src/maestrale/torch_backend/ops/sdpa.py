@@ -22,7 +22,7 @@ def attend(q_THC: torch.Tensor, k_SGC: torch.Tensor, v_SGC: torch.Tensor, groups
         # index_select, not k[keys]: the same gather, several times faster on the CPU.
         k_BGSC = k_SGC.index_select(0, group.keys_BS.view(-1)).view(B, S, G, C).transpose(1, 2)
         v_BGSC = v_SGC.index_select(0, group.keys_BS.view(-1)).view(B, S, G, C).transpose(1, 2)
-        q_NHC = q_THC.index_select(0, group.rows_BN.view(-1))
+        q_NHC = q_THC if len(groups) == 1 else q_THC.index_select(0, group.rows_BN.view(-1))
         if N == 1:  # decode: the H / G query heads of a kv head become its queries
             y = scaled_dot_product_attention(q_NHC.view(B, G, H // G, C), k_BGSC, v_BGSC, group.mask_BNS.unsqueeze(1))
             outputs.append(y.reshape(B, H, C))
@@ -38,5 +38,7 @@ def attend(q_THC: torch.Tensor, k_SGC: torch.Tensor, v_SGC: torch.Tensor, groups
                 s = slice(S - N + n.stop)
                 y = scaled_dot_product_attention(q_GHNC[:, :, n], k_GHSC[:, :, s], v_GHSC[:, :, s], mask_NS[n, s])
                 outputs.append(y.permute(2, 0, 1, 3).reshape(-1, H, C))
+    if len(groups) == 1:
+        return torch.cat(outputs)
     rows_T = torch.cat([group.rows_BN.view(-1) for group in groups])
     return torch.empty_like(q_THC).index_copy_(0, rows_T, torch.cat(outputs))

@@ -1,4 +1,4 @@
-"""The loss of packed sequences, and the load-balancing loss of a mixture.
+"""The loss of packed sequences, and the losses of a mixture's routers.
 
 B sequences of L tokens; the model sees them as T = B * L rows.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from maestrale.batch import visible
@@ -17,6 +19,7 @@ from maestrale.torch_backend.moe import MixtureOfExperts, route
 from maestrale.torch_backend.train.packing import IGNORED
 
 _BLOCK = 128  # queries
+_HEAD_BYTES = 32 << 20  # of the logits that exist at once
 
 
 def packed_positions(documents_BL: torch.Tensor) -> torch.Tensor:
@@ -57,13 +60,71 @@ def packed_attend(documents_BL: torch.Tensor, windows: tuple[int | None, ...]) -
     return attend
 
 
-def packed_loss(
-    model: Transformer, tokens_BL: torch.Tensor, labels_BL: torch.Tensor, documents_BL: torch.Tensor
-) -> torch.Tensor:
-    """The sum over labels of -log p(label), in nats, fp32."""
+def packed_hidden(model: Transformer, tokens_BL: torch.Tensor, documents_BL: torch.Tensor) -> torch.Tensor:
+    """What the output layer reads, x_TD."""
     attend = packed_attend(documents_BL, model.config.sliding_window)
-    logits_TV = model(tokens_BL.flatten(), packed_positions(documents_BL), attend)
-    return cross_entropy(logits_TV, labels_BL.flatten(), ignore_index=IGNORED, reduction="sum")
+    return model.hidden_states(tokens_BL.flatten(), packed_positions(documents_BL), attend)
+
+
+def packed_loss(
+    model: Transformer,
+    tokens_BL: torch.Tensor,
+    labels_BL: torch.Tensor,
+    documents_BL: torch.Tensor,
+    weights_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sum over labels of weight times -log p(label), in nats, fp32. Without weights each label counts 1."""
+    x_TD = packed_hidden(model, tokens_BL, documents_BL)
+    weights = torch.ones_like(labels_BL, dtype=torch.float32) if weights_BL is None else weights_BL
+    return (token_losses(x_TD, model.output, labels_BL.flatten()) * weights.flatten()).sum()
+
+
+def token_losses(x_TD: torch.Tensor, head: nn.Module, labels_T: torch.Tensor) -> torch.Tensor:
+    """-log p(label) of each row, fp32 [T], 0 where there is no label; never with all rows' logits at once.
+
+    Rows without a label do not go through the head at all.
+    """
+    rows = (labels_T != IGNORED).nonzero().squeeze(1)
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    found = _HeadLoss.apply(x_TD[rows], labels_T[rows], head, *parameters)
+    return found.new_zeros(len(labels_T)).index_copy(0, rows, found)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head and cross entropy, block of rows by block. The backward pass computes a block's logits once more, so that
+    no more than one block's are ever kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: torch.Tensor, labels_N: torch.Tensor, head: nn.Module, *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_ND, labels_N, *parameters)
+        ctx.head, ctx.autocast = head, torch.is_autocast_enabled(x_ND.device.type)
+        losses = [_block_losses(head, x_ND[block], labels_N[block]) for block in _blocks(head, x_ND)]
+        return torch.cat(losses) if losses else x_ND.new_zeros(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_ND, labels_N, *parameters = ctx.saved_tensors
+        grad_x = torch.zeros_like(x_ND)
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        for block in _blocks(ctx.head, x_ND):
+            with torch.enable_grad(), torch.autocast(x_ND.device.type, torch.bfloat16, enabled=ctx.autocast):
+                x = x_ND[block].detach().requires_grad_()
+                losses = _block_losses(ctx.head, x, labels_N[block])
+            grad_x[block], *found = torch.autograd.grad(losses, [x, *parameters], grads[0][block])
+            for total, grad in zip(sums, found, strict=True):
+                total += grad
+        return grad_x, None, None, *sums
+
+
+def _block_losses(head: nn.Module, x_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(head(x_ND).float(), labels_N, reduction="none")  # N8: logits in fp32
+
+
+def _blocks(head: nn.Module, x_ND: torch.Tensor) -> list[slice]:
+    size = max(1, _HEAD_BYTES // (4 * int(head.out_features)))  # type: ignore[arg-type]
+    return [slice(start, start + size) for start in range(0, len(x_ND), size)]
 
 
 @contextmanager
@@ -92,3 +153,20 @@ def balance_loss(scores_TE: torch.Tensor, n_chosen: int, real_T: torch.Tensor) -
     f_E = (one_hot(experts_TK, n_experts).sum(1) * weight_T1).sum(0)
     p_E = (torch.softmax(scores_TE.float(), dim=-1) * weight_T1).sum(0)
     return n_experts * (f_E * p_E).sum()
+
+
+def router_losses(
+    scores: list[torch.Tensor], n_chosen: int, real_T: torch.Tensor, pooled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(load-balancing loss, router z-loss, choices of each expert [layers, E]) over the rows that are `real_T`.
+
+    The balance is the mean over layers; pooled, it is that of all layers' rows together, which cannot see two layers
+    that are skewed in opposite ways. z: the mean of logsumexp(scores)² (ST-MoE, arXiv 2202.08906, section 4.3).
+    """
+    if pooled:
+        balance = balance_loss(torch.cat(scores), n_chosen, real_T.repeat(len(scores)))
+    else:
+        balance = torch.stack([balance_loss(s, n_chosen, real_T) for s in scores]).mean()
+    z = torch.stack([s[real_T].float().logsumexp(-1).square().mean() for s in scores]).mean()
+    loads = [one_hot(route(s.detach()[real_T], n_chosen)[1], s.shape[1]).sum((0, 1)) for s in scores]
+    return balance, z, torch.stack(loads)

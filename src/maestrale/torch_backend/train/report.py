@@ -5,36 +5,37 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from maestrale.errors import DiskError
-from maestrale.torch_backend.train.settings import TrainSettings
+from maestrale.errors import DiskError, UsageError
+from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.settings import LoopSettings, TrainSettings
+from maestrale.torch_backend.train.step import Step
 
 _PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
 
 
 class Report:
-    """A context that follows a run from step `done`. Lines of the log after that step, of a run cut off, go."""
+    """A context that follows a run from step `done`. Lines of the log after that step, of a run cut off, go.
 
-    def __init__(self, path: Path, settings: TrainSettings, done: int):
-        self._settings, self._done = settings, done
+    silent: on all ranks but the first, which says nothing and writes nothing.
+    """
+
+    def __init__(self, path: Path, settings: LoopSettings, done: int, silent: bool = False):
+        self._settings, self._done, self._silent, self._path = settings, done, silent, path
+        self._board: Any = None if silent or not settings.tensorboard else _open_board(path.parent / "tensorboard")
         self._tokens_per_step = settings.batch_size * settings.seq_len
         kept = [line for line in read_log(path) if line["step"] <= done] if done else []
-        try:
-            self._log = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
-        except OSError as error:
-            raise DiskError(f"{path}: cannot write: {error.strerror}") from error
-        for line in kept:
-            self._write(line)
+        self._append(kept, "w")
         self._bar: Any = None
         self._begun = self._printed = time.monotonic()
         self._last = (self._begun, done)
 
     def __enter__(self) -> Report:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._silent:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -49,31 +50,33 @@ class Report:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._log.close()
+        if self._board is not None:
+            self._board.close()
 
-    def step(self, step: int, loss: float, norm: float, lr: float) -> None:
-        """After step `step`, counted from 1. loss: nats per token."""
+    def step(self, step: int, learnt: Step, lr: float) -> None:
+        """After step `step`, counted from 1."""
         now = time.monotonic()
         speed = (step - self._done) * self._tokens_per_step / (now - self._begun)
         if step % self._settings.log_every == 0 or step == self._settings.steps:
             before, before_step = self._last
             lately = (step - before_step) * self._tokens_per_step / (now - before)
             self._last = (now, step)
-            self._write(
-                {
-                    "step": step,
-                    "tokens": step * self._tokens_per_step,
-                    "loss": round(loss, 5),
-                    "gradient_norm": round(norm, 5),
-                    "lr": lr,
-                    "tokens_per_s": round(lately, 1),
-                }
-            )
+            line: dict[str, Any] = {
+                "step": step,
+                "tokens": step * self._tokens_per_step,
+                "loss": round(learnt.loss, 5),
+                "gradient_norm": round(learnt.norm, 5),
+                "lr": lr,
+                "tokens_per_s": round(lately, 1),
+            }
+            if learnt.loads is not None:  # of each layer, the share of its choices that each expert had
+                line["expert_load"] = [[round(share, 4) for share in layer] for layer in learnt.loads.tolist()]
+            self._write(line)
         left = (self._settings.steps - step) * self._tokens_per_step / speed
-        text = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+        text = f"loss {learnt.loss:.3f}, {speed:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif now - self._printed >= _PLAIN_SECONDS or step == self._settings.steps:
+        elif not self._silent and (now - self._printed >= _PLAIN_SECONDS or step == self._settings.steps):
             self._printed = now
             print(f"step {step} of {self._settings.steps}: {text}, {left / 60:.0f} min left", file=sys.stderr)
 
@@ -87,15 +90,32 @@ class Report:
         self._write(line)
         if self._bar is not None:
             self._bar.console.print(text)
-        else:
+        elif not self._silent:
             print(text, file=sys.stderr)
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step" and not isinstance(value, list):
+                    self._board.add_scalar(name, value, line["step"])
+        self._append([line], "a")
+
+    def _append(self, lines: Iterable[Mapping[str, Any]], mode: str) -> None:
+        if self._silent:
+            return
         try:
-            self._log.write(json.dumps(line) + "\n")
-            self._log.flush()
+            with open(self._path, mode, encoding="utf-8") as log:
+                log.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
-            raise DiskError(f"{self._log.name}: cannot write: {error.strerror}") from error
+            raise DiskError(f"{self._path}: cannot write: {error.strerror}") from error
+
+
+def _open_board(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("tensorboard: true needs it installed: pip install 'maestrale[tensorboard]'") from None
+    return SummaryWriter(str(folder))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -143,4 +163,26 @@ A small language model trained from scratch by `maestrale train`.
 | trained on | {result["tokens"]:,} tokens in {result["steps"]:,} steps of {settings.batch_size} x {settings.seq_len} |
 | time | {result["seconds"] / 60:.0f} minutes |
 | held-out loss | {result["nats_per_token"]:.4f} nats per token, {result["bits_per_byte"]:.4f} bits per byte |
+"""
+
+
+def finetune_card(settings: FinetuneSettings, result: Mapping[str, Any]) -> str:
+    """README.md of a fine-tuned folder."""
+    how = "all weights"
+    if settings.method != "full":
+        how = f"{settings.method}, rank {settings.rank}, alpha {settings.alpha:g}, on {', '.join(settings.targets)}"
+    loss = "not measured" if result["heldout_loss"] is None else f"{result['heldout_loss']:.4f}"
+    if result["heldout_accuracy"] is not None:
+        loss += f", {result['heldout_accuracy']:.1%} of the classes right"
+    return f"""# {Path(settings.out).name}
+
+{Path(settings.model).name}, fine-tuned by `maestrale finetune`.
+
+| | |
+|---|---|
+| task | {settings.task} |
+| learnt | {how}: {result["learnable"]:,} parameters |
+| data | {Path(settings.train).name}: {result["samples"]:,} samples |
+| steps | {result["steps"]:,} of {settings.batch_size}, lr {settings.lr:g}, {result["seconds"] / 60:.1f} minutes |
+| held-out loss | {loss} |
 """

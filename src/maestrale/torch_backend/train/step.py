@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.model import Attention, Block, FeedForward, RMSNorm, Transformer
-from maestrale.torch_backend.train.loss import balance_loss, packed_loss, router_scores
-from maestrale.torch_backend.train.packing import IGNORED, Packed
-from maestrale.torch_backend.train.settings import TrainSettings
+from maestrale.torch_backend.train.loss import router_losses, router_scores
+from maestrale.torch_backend.train.objective import Objective
+from maestrale.torch_backend.train.parallel import Ranks
+from maestrale.torch_backend.train.settings import LoopSettings
 
 
 def new_model(config: ModelConfig, seed: int) -> Transformer:
@@ -30,29 +34,38 @@ def new_model(config: ModelConfig, seed: int) -> Transformer:
     return model
 
 
-def new_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Matrices decay, the norms' weights do not.
+def new_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
+    """Of all that can learn: matrices decay, vectors (the norms' weights, a DoRA's magnitudes) do not.
 
     Every parameter has a gradient from the start: an expert that no token chose in a step takes part with zeros, so
     all parameters count the same steps.
     """
-    for parameter in model.parameters():
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=settings.lr, betas=(0.9, 0.95), fused=True
+    )
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Of step `step`, from 0: a line up to `lr`, then half a cosine down to a tenth of it."""
+def learning_rate(settings: LoopSettings, step: int) -> float:
+    """Of step `step`, from 0: a line up to `lr`, then along the schedule down to `lr_end` of it at the last step."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.steps - 1 - settings.warmup_steps)
-    return settings.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[settings.schedule]
+    end = settings.lr_end if settings.schedule != "constant" else 0.0
+    return settings.lr * (end + (1 - end) * left)
+
+
+def checkpoint_blocks(model: Transformer) -> None:
+    """Keeps what stands between blocks only; what is inside is computed again for the gradient."""
+    for block in model.layers:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_parts(model: Transformer) -> None:
@@ -67,54 +80,75 @@ def compile_parts(model: Transformer) -> None:
             module.compile(dynamic=True)
 
 
-def learn(
-    model: Transformer, optimizer: torch.optim.Optimizer, data: Packed, rows: np.ndarray, settings: TrainSettings
-) -> tuple[float, float]:
-    """One update from the sequences `rows`: (nats a token before it, norm of the gradient before clipping).
+@dataclass(frozen=True)
+class Step:
+    """loss: the objective's mean before the update. norm: of the gradient, before clipping. loads: the share of a
+    mixture's choices that each expert had, [layers, E]."""
 
-    Without an update where either is no finite number: the caller must look.
+    loss: float
+    norm: float
+    loads: torch.Tensor | None = None
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+def learn(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    rows: np.ndarray,
+    settings: LoopSettings,
+    ranks: Ranks | None = None,
+) -> Step:
+    """One update from the sequences `rows`, of which each rank does its share.
+
+    Without an update where loss or gradient is no finite number: the caller must look.
     """
-    n_labels = max(1, int((data.labels[rows] != IGNORED).sum()))
+    ranks = ranks or Ranks()
     moe = model.config.moe
-    micro_batches = rows.reshape(-1, settings.micro_batch)
-    total = 0.0
+    weight = max(objective.weight(rows), 1e-9)
+    micro_batches = ranks.share(rows).reshape(-1, settings.micro_batch)
+    total, loads = torch.zeros(()), torch.zeros(())
     for micro in micro_batches:
-        tokens, labels, documents = tensors(data, micro)
-        with router_scores(model) as scores, _autocast(settings):
-            loss = packed_loss(model, tokens, labels, documents) / n_labels
-        total += loss.item()
+        with router_scores(model) as scores, autocast(settings):
+            loss, real = objective.loss(model, micro)
+        loss = loss / weight
+        total += loss.detach().cpu()
         if moe is not None:
-            real = documents.flatten() >= 0
-            balance = torch.stack([balance_loss(s, moe.num_experts_per_tok, real) for s in scores]).mean()
-            loss = loss + settings.balance / len(micro_batches) * balance
-        loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip).item()
-    if math.isfinite(total) and math.isfinite(norm):
+            scores = scores[-model.config.n_layers :]  # of the last pass: a reference may have run before
+            balance, z, chosen = router_losses(scores, moe.num_experts_per_tok, real, settings.balance_pooled)
+            aside = settings.balance * balance + settings.router_z * z
+            loss = loss + aside / (len(micro_batches) * ranks.size)
+            loads = loads + chosen.cpu()
+        (loss * ranks.size).backward()  # ranks average their gradients; the loss is their sum
+    norm = ranks.clip_gradients(model, settings.grad_clip)
+    total, loads = ranks.sum(total), ranks.sum(loads) if moe is not None else loads
+    step = Step(total.item(), norm, loads / loads.sum(-1, keepdim=True) if moe is not None else None)
+    if step.finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=False)
-    return total, norm
+    return step
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, data: Packed, rows: np.ndarray, settings: TrainSettings) -> tuple[float, int]:
-    """(sum of nats, number of labels) over the sequences `rows`."""
-    total, n_labels = 0.0, 0
-    for start in range(0, len(rows), settings.micro_batch):
-        micro = rows[start : start + settings.micro_batch]
-        tokens, labels, documents = tensors(data, micro)
-        with _autocast(settings):
-            total += packed_loss(model, tokens, labels, documents).item()
-        n_labels += int((labels != IGNORED).sum())
-    return total, n_labels
+def evaluate(
+    model: Transformer, objective: Objective, rows: np.ndarray, settings: LoopSettings, ranks: Ranks | None = None
+) -> tuple[float, float]:
+    """(sum of losses, sum of weights) over the sequences `rows`."""
+    ranks = ranks or Ranks()
+    total, size = torch.zeros(()), settings.micro_batch
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    for first in range(0, len(parts), ranks.size):
+        number = first + ranks.rank
+        with autocast(settings):  # a rank beyond the last part does it too, for the others need its weights
+            loss, _ = objective.loss(model, parts[min(number, len(parts) - 1)])
+        if number < len(parts):
+            total += loss.cpu()
+    ranks.rest(model)
+    return ranks.sum(total).item(), objective.weight(rows)
 
 
-def tensors(data: Packed, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(tokens, labels, documents) [B, L] int64 of some sequences."""
-    tokens, labels, documents = (
-        torch.from_numpy(values[rows].astype(np.int64)) for values in (data.tokens, data.labels, data.documents)
-    )
-    return tokens, labels, documents
-
-
-def _autocast(settings: TrainSettings) -> torch.autocast | nullcontext:
+def autocast(settings: LoopSettings) -> torch.autocast | nullcontext:
     return torch.autocast("cpu", torch.bfloat16) if settings.bf16 else nullcontext()

@@ -1,0 +1,52 @@
+"""A classifier's folder: a native model folder with the classes and their scores' weights beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, cast
+from maestrale.checkpoint.jsonfile import read_json
+from maestrale.checkpoint.safetensors_room import open_safetensors
+from maestrale.checkpoint.writer import write_json, write_safetensors
+from maestrale.config import ModelConfig
+from maestrale.errors import CheckpointError
+
+LABELS, WEIGHTS = "classifier.json", "classifier.safetensors"
+_TENSOR = "score.weight"
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """labels: of the classes. weight: float32 [classes, dim], from the last token's hidden state to their scores."""
+
+    labels: tuple[str, ...]
+    weight: NDArray[np.float32]
+
+
+def read_classifier(folder: Path, config: ModelConfig) -> Classifier:
+    """CheckpointError where the folder holds none, or one that does not fit the model."""
+    if not (folder / LABELS).exists():
+        raise CheckpointError(
+            f"{folder}: no classifier; expected {LABELS} and {WEIGHTS}, as finetune --task classify writes"
+        )
+    labels = read_json(folder / LABELS).get("labels")
+    if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError(f"{folder / LABELS}: labels = {labels!r:.60}: expected a list of two texts or more")
+    file = open_safetensors(folder / WEIGHTS)
+    entry = file.entries.get(_TENSOR)
+    if entry is None or entry.shape != (len(labels), config.dim) or entry.dtype not in WEIGHT_DTYPES:
+        found = "nothing of that name" if entry is None else f"{entry.dtype} {entry.shape}"
+        raise CheckpointError(f"{folder / WEIGHTS}: {_TENSOR}: expected {(len(labels), config.dim)}, got {found}")
+    return Classifier(tuple(labels), cast(file.tensor(_TENSOR), "F32").array.copy())
+
+
+def write_classifier(folder: Path, labels: Sequence[str], weight: NDArray[np.float32]) -> list[Path]:
+    """Both files into a folder that is there."""
+    write_json(folder / LABELS, {"labels": list(labels)})
+    write_safetensors(folder / WEIGHTS, [(_TENSOR, "F32", weight.shape)], [StoredTensor.from_array(weight, "F32")])
+    return [folder / LABELS, folder / WEIGHTS]

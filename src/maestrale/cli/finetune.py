@@ -1,0 +1,67 @@
+"""`maestrale finetune`: a model and samples to an adapter, a model or a classifier."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from maestrale.cli import options as opt
+from maestrale.errors import UsageError
+
+_EXTRA = ("torch", "yaml", "matplotlib")
+
+
+def finetune(
+    model: Annotated[Path, typer.Argument(help="A model folder, or a bundled model's name.")],
+    data: Annotated[
+        str | None, typer.Argument(help="Samples (see data check), instead of data.train.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A .yaml or .toml file, such as examples/finetune-lora.yaml.", show_default=False),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What to learn.", metavar="lm|dpo|classify", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="What learns.", metavar="lora|dora|qlora|full", show_default=False)
+    ] = None,
+    heldout: Annotated[str | None, typer.Option(help="Samples to measure by.", show_default=False)] = None,
+    out: Annotated[str | None, typer.Option(help="Folder to write.", show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state, bit for bit.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Begin again, and replace what is there.")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Fine-tune a model. The run is kept beside OUT, in OUT.run: state, log, picture of the losses.
+
+    An adapter is run by `generate --adapter OUT` and put into the weights by `merge`. On several processes or
+    machines: torchrun --nproc-per-node 2 -m maestrale finetune …
+    """
+    if missing := [name for name in _EXTRA if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"training needs {', '.join(missing)}: pip install 'maestrale[train]'")
+    if resume and force:
+        raise UsageError("--resume goes on with a run and --force begins again: give one of them")
+    from maestrale.launch import model_folder
+    from maestrale.torch_backend.train.finetune import finetune as run
+    from maestrale.torch_backend.train.finetune_settings import read_finetune_settings
+
+    settings = read_finetune_settings(
+        config, model=str(model_folder(model)), train=data, task=task, method=method, heldout=heldout, out=out
+    )
+    result = run(settings, resume, force, notice=lambda line: print(f"maestrale: {line}", file=sys.stderr))
+    if int(os.environ.get("RANK", "0")):
+        return
+    if as_json:
+        print(json.dumps(vars(result)))
+        return
+    loss = "" if result.heldout_loss is None else f", held-out loss {result.heldout_loss:.4f}"
+    if result.heldout_accuracy is not None:
+        loss += f", {result.heldout_accuracy:.1%} right"
+    picture = os.path.join(result.out + ".run", "loss.png")
+    print(f"{result.out}: {result.learnable:,} parameters learnt in {result.steps:,} steps{loss}; losses in {picture}")

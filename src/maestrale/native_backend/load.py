@@ -1,0 +1,171 @@
+"""A checkpoint's tensors into the native model: packed on the way, or mapped where they are packed already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maestrale.batch import CacheLayout
+from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, cast
+from maestrale.checkpoint.packed import PackedWeight, dequantize, pack_float
+from maestrale.checkpoint.reader import Checkpoint
+from maestrale.config import ModelConfig
+from maestrale.errors import ConfigError
+from maestrale.native_backend import kernels
+
+FORMATS = ("f32", "bf16", "int8", "int4")
+MAX_HEAD_DIM = 1024  # kMaxHead in csrc/attention.h
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    layout: CacheLayout,
+    weights: str,
+    *,
+    half: bool,
+    threads: int,
+    exact: bool = False,
+    isa: str | None = None,
+    layers: range | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Any:
+    """The extension's Model with its cache. `progress` is called with (tensors done, tensors in all).
+
+    weights: the format that linear layers get which the folder does not hold packed; those keep theirs. half: the
+    cache is bf16, else fp32. exact: activations meet quantized weights in bf16. At no time more than one tensor exists
+    twice; the embeddings and what is packed already stay mapped from the file. layers: those of a pipeline's stage, all
+    where None; only the first stage has the embeddings, only the last the head.
+    """
+    config, every = checkpoint.config, range(checkpoint.config.n_layers)
+    layers = layers or every
+    model = make_model(config, layout, half=half, threads=threads, exact=exact, isa=isa, layers=layers)
+    load = _Loader(checkpoint, weights, threads, progress)
+    if layers[0] == every[0]:
+        rows = load.embeddings(half)
+        model.set_embeddings(rows.dtype, rows.data)
+    seen = [0] * len(layout.windows)
+    for i in layers:
+        kind = layout.windows.index(config.sliding_window[i])
+        model.add_layer(kind, seen[kind], **load.layer(i))
+        seen[kind] += 1
+    if layers[-1] == every[-1]:
+        head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
+        model.set_head(load.vector("norm.weight"), kernels.weight(load.linear(head)))
+    checkpoint.verify_unchanged()
+    return model
+
+
+def make_model(
+    config: ModelConfig,
+    layout: CacheLayout,
+    *,
+    half: bool,
+    threads: int,
+    exact: bool = False,
+    isa: str | None = None,
+    layers: range | None = None,
+) -> Any:
+    """A Model without weights, with an empty cache of this layout; MemoryError where that does not fit."""
+    if config.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"head_dim = {config.head_dim}: the native backend takes at most {MAX_HEAD_DIM}; use the torch backend"
+        )
+    model = kernels.native.Model(
+        dim=config.dim,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        hidden_dim=config.hidden_dim,
+        vocab_size=config.vocab_size,
+        n_chosen=config.moe.num_experts_per_tok if config.moe else 0,
+        norm_eps=config.norm_eps,
+        speeds=rope_speeds(config),
+        page_size=layout.page_size,
+        half=half,
+        exact=exact,
+        isa=kernels.choose_isa(isa),
+        threads=threads,
+    )
+    for window, ring, pages in zip(layout.windows, layout.rings, layout.pages, strict=True):
+        count = [config.sliding_window[i] for i in layers or range(config.n_layers)].count(window)
+        # Left unwritten, so that a large pool takes memory only where it is used.
+        model.add_kind(np.empty(pages * model.page_bytes(count), np.uint8), pages, ring, window, count)
+    return model
+
+
+def rope_speeds(config: ModelConfig) -> NDArray[np.float32]:
+    """theta^(-2j / head_dim) [head_dim / 2], in fp32 (N4): what the pair j turns in a position."""
+    j = np.arange(0, config.head_dim, 2, dtype=np.float32)
+    return (config.rope_theta ** (-j / np.float32(config.head_dim)).astype(np.float64)).astype(np.float32)
+
+
+class _Loader:
+    """Takes tensors one by one and counts them."""
+
+    def __init__(self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]):
+        self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
+        self.done, self.total = 0, len(checkpoint.names())
+
+    def layer(self, i: int) -> dict[str, Any]:
+        """The arguments of Model.add_layer."""
+        moe, prefix = self.checkpoint.config.moe, f"layers.{i}."
+        ffn = prefix + "feed_forward."
+        parts = [ffn] if moe is None else [f"{ffn}experts.{e}." for e in range(moe.num_experts)]
+        wide = self.alike([f"{part}{name}.weight" for part in parts for name in ("w1", "w3")])
+        return {
+            "attention_norm": self.vector(prefix + "attention_norm.weight"),
+            **{
+                name: kernels.weight(self.linear(f"{prefix}attention.{name}.weight"))
+                for name in ("wq", "wk", "wv", "wo")
+            },
+            "ffn_norm": self.vector(prefix + "ffn_norm.weight"),
+            "gate": None if moe is None else self.vector(ffn + "gate.weight"),
+            "w1": wide[::2],
+            "w2": self.alike([part + "w2.weight" for part in parts]),
+            "w3": wide[1::2],
+        }
+
+    def embeddings(self, half: bool) -> StoredTensor:
+        """The table of rows where it lies in the file; made anew only where it is stored quantized."""
+        self._count()
+        name = "tok_embeddings.weight"
+        tensor = self.checkpoint.tensor(name)
+        return cast(tensor, "BF16") if half and self.checkpoint.storage(name)[0] not in WEIGHT_DTYPES else tensor
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A small tensor as fp32, copied."""
+        values = cast(self.checkpoint.tensor(name), "F32").array.copy()
+        self.checkpoint.release(name)
+        self._count()
+        return values
+
+    def alike(self, names: Sequence[str]) -> list[Any]:
+        """Linear layers that read the same rows: of one format, which is bf16 where the folder holds several."""
+        packed = [self.linear(name) for name in names]
+        if len({(weight.format, weight.group) for weight in packed}) > 1:
+            packed = [pack_float(StoredTensor.from_array(dequantize(weight), "F32"), "bf16") for weight in packed]
+        return [kernels.weight(weight) for weight in packed]
+
+    def linear(self, name: str) -> PackedWeight:
+        if (packed := self.checkpoint.packed(name)) is None:
+            packed = self._pack(name)
+            self.checkpoint.release(name)
+        self._count()
+        return packed
+
+    def _pack(self, name: str) -> PackedWeight:
+        tensor = self.checkpoint.tensor(name)
+        if self.weights in ("f32", "bf16"):
+            return pack_float(tensor, self.weights)
+        from maestrale.checkpoint.quantize import Recipe  # not on the way of a packed folder
+        from maestrale.checkpoint.rounding import round_to_nearest
+
+        format, group = Recipe(self.weights).of(name, tensor.shape[1])
+        return round_to_nearest(name, tensor, format, group, self.threads)
+
+    def _count(self) -> None:
+        self.done += 1
+        self.progress(min(self.done, self.total), self.total)  # a tied head is a tensor that is read twice

@@ -1,0 +1,92 @@
+"""The native backend as the engine sees it: a Runner."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maestrale.batch import Batch, CacheLayout, StepOutput
+from maestrale.checkpoint.reader import Checkpoint
+from maestrale.config import ModelConfig
+from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.native_backend.load import load_model
+
+THREADS = "MAESTRALE_THREADS"  # the environment variable that says how many threads compute
+MAX_THREADS = 1024
+
+
+class NativeRunner:
+    """A model and its cache on this machine's processor. model: the extension's Model of all layers of `config`."""
+
+    def __init__(self, model: Any, layout: CacheLayout, config: ModelConfig):
+        self.model, self._layout, self._config = model, layout, config
+
+    @property
+    def layout(self) -> CacheLayout:
+        return self._layout
+
+    def step(self, batch: Batch) -> StepOutput:
+        moe, experts = self._config.moe if batch.experts else None, None
+        with _memory_errors():
+            logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
+            if moe is not None:
+                experts = np.empty((self._config.n_layers, len(batch.token_ids), moe.num_experts_per_tok), np.int16)
+            self.model.step(
+                batch.token_ids,
+                batch.positions,
+                batch.starts,
+                batch.tables,
+                batch.copies,
+                batch.logit_rows,
+                logits=logits,
+                chosen=experts,
+            )
+        return StepOutput(logits, None if experts is None else experts[:, batch.logit_rows].swapaxes(0, 1))
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryLimitError(f"out of memory: {error}; lower max_len, max_batch_tokens or max_sequences") from None
+
+
+def open_runner(
+    checkpoint: Checkpoint,
+    layout: CacheLayout,
+    dtype: str,
+    weights: str,
+    threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> NativeRunner:
+    """The checkpoint's model, with a cache in `dtype` ("F32" or "BF16") and linear layers as `load_model` says."""
+    with _memory_errors():
+        model = load_model(checkpoint, layout, weights, half=dtype == "BF16", threads=threads, progress=progress)
+    return NativeRunner(model, layout, checkpoint.config)
+
+
+def choose_threads(asked: int | None = None) -> int:
+    """How many threads compute: as asked, else what MAESTRALE_THREADS says, else one for each core to be had."""
+    if asked is None and (word := os.environ.get(THREADS)):
+        if not word.isascii() or not word.isdigit() or not 0 < int(word) <= MAX_THREADS:
+            raise UsageError(f"{THREADS}={word}: expected a whole number from 1 to {MAX_THREADS}")
+        return int(word)
+    if asked is not None and not 0 < asked <= MAX_THREADS:
+        raise UsageError(f"threads = {asked}: expected a whole number from 1 to {MAX_THREADS}")
+    return asked or min(available_cores(), MAX_THREADS)
+
+
+def available_cores() -> int:
+    """The cores this process may use: those it is bound to, or fewer where a container's share of time is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores

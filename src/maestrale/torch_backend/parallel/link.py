@@ -1,0 +1,146 @@
+"""The links between ranks, by torch.distributed: gloo between processors, NCCL between GPUs.
+
+Tensors go from rank to rank by sends that do not wait; a send's handle and tensor are kept until it is done, since
+gloo loses a message whose handle is dropped, and waiting twice on a finished send blocks until the timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from maestrale.errors import DistributedError, UsageError
+from maestrale.mesh import Mesh
+
+_FOREVER = timedelta(days=365)  # how long an idle rank waits for work; a dead peer is seen at once all the same
+_MAX_REPORT = 2048  # bytes of a rank's report
+_MAX_IN_FLIGHT = 256  # sends that are not waited for
+
+
+def world() -> tuple[int, int, int]:
+    """(rank, ranks, rank on this host) as torchrun or Open MPI tell; (0, 1, 0) alone."""
+    for rank, size, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ):
+        if size in os.environ:
+            try:
+                return tuple(int(os.environ[name]) for name in (rank, size, local))  # type: ignore[return-value]
+            except (KeyError, ValueError):
+                raise UsageError(f"{rank}, {size} and {local} must all be whole numbers: start with torchrun") from None
+    return 0, 1, 0
+
+
+def ranks_on_this_host() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
+
+
+class Link:
+    """One rank's ends of the links. `stage` collectives are among the shards of this rank's stage."""
+
+    def __init__(self, mesh: Mesh, timeout: float):
+        """timeout: seconds after which a peer that should have answered counts as hanging."""
+        self.mesh = mesh
+        self.rank, self.size, self.local_rank = world()
+        self.host, self.ranks_on_host = socket.gethostname(), ranks_on_this_host()
+        self._sends: deque[tuple[Any, torch.Tensor]] = deque()
+        if "OMPI_COMM_WORLD_SIZE" in os.environ:
+            _openmpi_rendezvous(self.size)
+        os.environ.setdefault("RANK", str(self.rank))
+        os.environ.setdefault("WORLD_SIZE", str(self.size))
+        with self._named("rendezvous"):
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            self._idle = dist.new_group(timeout=_FOREVER)
+            stages = [list(range(s * mesh.tensor, (s + 1) * mesh.tensor)) for s in range(mesh.pipeline)]
+            groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for ranks in stages]
+        self._stage = groups[self.rank // mesh.tensor]
+
+    def send(self, tensor: torch.Tensor, to: int, idle: bool = False) -> None:
+        """Begins to send; `tensor` must not change afterwards. idle: to a `receive(idle=True)`."""
+        while self._sends and (len(self._sends) > _MAX_IN_FLIGHT or self._sends[0][0].is_completed()):
+            handle, _ = self._sends.popleft()
+            if not handle.is_completed():
+                with self._named(f"a send by rank {self.rank}"):
+                    handle.wait()
+        tensor = tensor.contiguous()
+        with self._named(f"rank {to}"):
+            handle = dist.isend(tensor, to, group=self._idle if idle else None)
+        if handle is not None:
+            self._sends.append((handle, tensor))
+
+    def receive(self, tensor: torch.Tensor, source: int, idle: bool = False) -> torch.Tensor:
+        """Fills `tensor` from what rank `source` sends. idle: however long that takes."""
+        with self._named(f"rank {source}"):
+            dist.recv(tensor, source, group=self._idle if idle else None)
+        return tensor
+
+    def sum_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over this stage's shards, in place."""
+        if self.mesh.tensor > 1:
+            with self._named(f"a shard of stage {self.rank // self.mesh.tensor}"):
+                dist.all_reduce(tensor, group=self._stage)
+        return tensor
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """Does `work` on every rank. Where it fails on one, DistributedError on all, naming that rank and its cause."""
+        problem, result, cause = "", None, None
+        try:
+            result = work()
+        except Exception as error:
+            problem, cause = f"rank {self.rank} on {self.host}: {error or type(error).__name__}", error
+        report = torch.zeros(_MAX_REPORT, dtype=torch.uint8)
+        words = problem.encode()[:_MAX_REPORT]
+        report[: len(words)] = torch.frombuffer(bytearray(words or b"\0"), dtype=torch.uint8)[: len(words)]
+        reports = [torch.empty_like(report) for _ in range(self.size)]
+        with self._named("another rank"):
+            dist.all_gather(reports, report, group=self._idle)  # loading may take longer than an answer
+        for other in reports:
+            if words := bytes(other.tolist()).rstrip(b"\0"):
+                raise DistributedError(words.decode(errors="replace")) from cause
+        return result
+
+    def least(self, numbers: list[int]) -> list[int]:
+        """The least of each number over all ranks."""
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        with self._named("another rank"):
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+        return tensor.tolist()
+
+    def close(self) -> None:
+        """Waits for what is still being sent, then lets go of the links."""
+        while self._sends:
+            handle, _ = self._sends.popleft()
+            if not handle.is_completed():
+                with self._named("the last messages"):
+                    handle.wait()
+        dist.destroy_process_group()
+
+    @contextmanager
+    def _named(self, peer: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dist.DistBackendError) as error:
+            words = str(error)
+            cause = "does not answer" if "imed out" in words or "imeout" in words else "has gone"
+            detail = words.splitlines()[0].split("] ", 1)[-1].split(". ")[0][:200]  # without a source file's path
+            raise DistributedError(f"rank {self.rank} on {self.host}: {peer} {cause} ({detail})") from None
+
+
+def _openmpi_rendezvous(size: int) -> None:
+    """Open MPI starts processes but says no address; on one host it is this one."""
+    if "MASTER_ADDR" in os.environ:
+        return
+    if os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") != str(size):
+        raise UsageError("several hosts under mpirun: set MASTER_ADDR and MASTER_PORT to an address of rank 0's host")
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    # Two jobs on one host must not meet: a port from the job's own number.
+    job = os.environ.get("PMIX_NAMESPACE", "0")
+    os.environ.setdefault("MASTER_PORT", str(20_000 + sum(map(ord, job)) * 31 % 20_000))

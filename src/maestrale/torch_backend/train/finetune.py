@@ -1,0 +1,233 @@
+"""A fine-tuning run: a model folder and samples in, an adapter or a model folder out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from maestrale.checkpoint.adapter import Adapter, write_adapter
+from maestrale.checkpoint.classifier import write_classifier
+from maestrale.checkpoint.dtypes import StoredTensor
+from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
+from maestrale.checkpoint.writer import atomic_folder, save_checkpoint
+from maestrale.errors import DataError, MemoryLimitError, UsageError
+from maestrale.memory import available_memory
+from maestrale.plan import count_parameters
+from maestrale.text.samples import require_samples
+from maestrale.text.tokenizer import Tokenizer, is_tokenizer_file, load_tokenizer
+from maestrale.torch_backend import lora
+from maestrale.torch_backend.load import load_model
+from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.int4 import to_int4
+from maestrale.torch_backend.train.loop import Run
+from maestrale.torch_backend.train.objective import Classes, Language, Objective, Preferences
+from maestrale.torch_backend.train.packing import pack_samples
+from maestrale.torch_backend.train.parallel import ranks_of_torchrun
+from maestrale.torch_backend.train.report import finetune_card
+from maestrale.torch_backend.train.step import autocast
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """out: the folder written. cut, left_out: samples over the length. Losses are means; None without held-out data."""
+
+    out: str
+    steps: int
+    samples: int
+    cut: int
+    left_out: int
+    learnable: int
+    seconds: float
+    heldout_loss: float | None
+    heldout_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: Objective
+    heldout: Objective | None
+    samples: int
+    cut: int
+    left_out: int
+
+
+def finetune(
+    settings: FinetuneSettings,
+    resume: bool = False,
+    force: bool = False,
+    notice: Callable[[str], None] = lambda line: None,
+) -> FinetuneResult:
+    """Trains, or with `resume` goes on from the last state, and writes the adapter or the model to `settings.out`.
+
+    notice: gets a line for what the user should know before it starts. Errors as Run's; CheckpointError for the
+    model, DataError for the samples, MemoryLimitError where it cannot fit.
+    """
+    with ranks_of_torchrun() as ranks, open_checkpoint(settings.model) as checkpoint:
+        run = Run(settings, resume, force, ranks)
+        with run.owned():
+            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+            longest = checkpoint.config.max_position_embeddings
+            if longest is not None and settings.seq_len > longest:
+                raise UsageError(
+                    f"seq_len = {settings.seq_len} is over the model's max_position_embeddings = {longest}"
+                )
+            data = _read(settings, tokenizer)
+            if data.cut or data.left_out:
+                notice(
+                    f"{data.cut + data.left_out} of {data.samples} samples are longer than seq_len = "
+                    f"{settings.seq_len}: {data.cut} texts are cut, {data.left_out} others left out"
+                )
+            steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
+            run.settings = settings = replace(settings, steps=steps)
+            labels = data.train.labels if isinstance(data.train, Classes) else ()
+            model = prepare(checkpoint, settings, len(labels))
+            learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            ranks.shard(model)
+            model.train()
+            seconds = run.go(model, data.train, data.heldout, settings.keep_best)
+            loss = None if data.heldout is None else run.look(model, data.heldout, everything=True)
+            run.draw()
+            result = FinetuneResult(
+                out=settings.out,
+                steps=steps,
+                samples=data.samples,
+                cut=data.cut,
+                left_out=data.left_out,
+                learnable=learnable,
+                seconds=round(seconds, 1),
+                heldout_loss=loss,
+                heldout_accuracy=_accuracy(model, data.heldout, settings),
+            )
+            ranks.rest(model)
+            _export(model, checkpoint, settings, run, result, labels, force)
+    return result
+
+
+def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) -> Transformer:
+    """The model with all that can learn in fp32 and free to, and nothing else."""
+    _require_memory(checkpoint, settings)
+    full = settings.method == "full"
+    dtype = torch.bfloat16 if settings.bf16 and not full else torch.float32
+    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    if full:
+        model.requires_grad_(True)
+    else:
+        if settings.method == "qlora":
+            to_int4(model, settings.group)
+        names = lora.target_layers(checkpoint.config, settings.targets)
+        lora.add_lora(
+            model, names, settings.rank, settings.alpha / settings.rank, settings.method == "dora", settings.seed
+        )
+    if settings.task == "classify":
+        model.output.requires_grad_(checkpoint.config.tied_embeddings and full)  # nobody reads it
+        score = nn.Linear(checkpoint.config.dim, classes, bias=False)
+        nn.init.normal_(score.weight, std=0.02, generator=torch.Generator().manual_seed(settings.seed))
+        model.add_module("score", score)
+    return model
+
+
+def _require_memory(checkpoint: Checkpoint, settings: FinetuneSettings) -> None:
+    parameters = count_parameters(checkpoint.config)[0]
+    each = {"full": 16.0, "qlora": 0.6}.get(settings.method, 2.0 if settings.bf16 else 4.0)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    needed, free = int(each * parameters) // size, available_memory()
+    if needed > free:
+        raise MemoryLimitError(
+            f"{checkpoint.folder}: method {settings.method} needs {needed / 2**30:.1f} GiB for weights alone, "
+            f"{free / 2**30:.1f} GiB are to be had; lora and qlora need less, and torchrun divides over ranks"
+        )
+
+
+def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
+    train = require_samples(settings.train, tokenizer, settings.task)
+    heldout = [] if settings.heldout is None else require_samples(settings.heldout, tokenizer, settings.task)
+    if settings.task == "lm":
+        packed, too_long = pack_samples(train, settings.seq_len)
+        if not len(packed):
+            raise DataError(f"{settings.train}: every sample is longer than seq_len = {settings.seq_len}")
+        test = Language(pack_samples(heldout, settings.seq_len)[0]) if heldout else None
+        return _Data(Language(packed), test, len(train), too_long.cut, len(too_long.left_out))
+    kept = [sample for sample in train if _length(sample) <= settings.seq_len]
+    test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
+    if not kept:
+        raise DataError(f"{settings.train}: every sample is longer than seq_len = {settings.seq_len}")
+    left_out = len(train) - len(kept)
+    if settings.task == "dpo":
+        pairs = Preferences(kept, settings.beta)
+        return _Data(pairs, Preferences(test_kept, settings.beta) if test_kept else None, len(train), 0, left_out)
+    labels = sorted({sample.label for sample in kept})
+    if len(labels) < 2:
+        raise DataError(f"{settings.train}: one label, {labels[0]!r}, in all samples; expected two or more")
+    if strange := [f"{settings.heldout}:{s.line}: {s.label!r}" for s in test_kept if s.label not in labels]:
+        raise DataError(f"labels that {settings.train} does not hold: {', '.join(strange[:10])}")
+    test_classes = Classes(test_kept, labels) if test_kept else None
+    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out)
+
+
+def _length(sample: Any) -> int:
+    if hasattr(sample, "chosen"):
+        return max(len(sample.chosen.ids), len(sample.rejected.ids))
+    return len(sample.ids)
+
+
+@torch.no_grad()
+def _accuracy(model: Transformer, heldout: Objective | None, settings: FinetuneSettings) -> float | None:
+    """The share of held-out texts whose own class has the highest score; every rank does all of them."""
+    if not isinstance(heldout, Classes):
+        return None
+    right = 0
+    for row in range(len(heldout)):
+        with autocast(settings):
+            scores, _ = heldout.scores(model, np.array([row]))
+        right += heldout.labels[int(scores.argmax())] == heldout.samples[row].label
+    return right / len(heldout)
+
+
+def _export(
+    model: Transformer,
+    checkpoint: Checkpoint,
+    settings: FinetuneSettings,
+    run: Run,
+    result: FinetuneResult,
+    labels: Any,
+    force: bool,
+) -> None:
+    """The first rank writes; all must help to put its parts together."""
+    adapter = None if settings.method == "full" else lora.to_adapter(model, run.ranks.whole)
+    whole = {name: run.ranks.whole(p) for name, p in model.named_parameters() if p.requires_grad}
+    if not run.ranks.first:
+        return
+    card = finetune_card(settings, vars(result))
+    if adapter is not None and settings.task != "classify":
+        with atomic_folder(settings.out, force) as partial:
+            write_adapter(partial, adapter, checkpoint.config, settings.layout)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        return
+    files = [path for path in sorted(checkpoint.folder.iterdir()) if is_tokenizer_file(path.name)]
+    (run.folder / "README.md").write_text(card, encoding="utf-8")
+    files.append(run.folder / "README.md")
+    if settings.task == "classify":
+        files += write_classifier(run.folder, labels, whole["score.weight"].numpy())
+    tensors = _tensors(checkpoint, adapter, whole)
+    save_checkpoint(settings.out, checkpoint.config, tensors, files, checkpoint.dtype, force=force)
+
+
+def _tensors(
+    checkpoint: Checkpoint, adapter: Adapter | None, whole: Mapping[str, torch.Tensor]
+) -> dict[str, Callable[[], StoredTensor]]:
+    """Each tensor of the model that was learnt, made when its turn comes."""
+
+    def made(name: str) -> StoredTensor:
+        if adapter is not None:
+            return adapter.merge(name, checkpoint.tensor(name), "F32")
+        return StoredTensor.from_array(whole[name].numpy(), "F32") if name in whole else checkpoint.tensor(name)
+
+    return {name: (lambda name=name: made(name)) for name in checkpoint.names()}  # type: ignore[misc]

@@ -1,0 +1,40 @@
+"""Which experts a mixture's router chose, seen from outside: the model does not know that it is watched."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.moe import MixtureOfExperts, route
+
+
+class Watch:
+    """Within it, each layer's router scores are kept as they leave the gate; outside it nothing is hooked or kept."""
+
+    def __init__(self, model: Transformer):
+        self._mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+        self._scores: list[torch.Tensor] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        def keep(gate: nn.Module, x: tuple[torch.Tensor], scores_TE: torch.Tensor) -> None:
+            self._scores.append(scores_TE)
+
+        self._hooks = [mixture.gate.register_forward_hook(keep) for mixture in self._mixtures]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def experts(self, rows_N: torch.Tensor) -> NDArray[np.int16]:
+        """int16 [N, layers, K]: the choices of the wanted rows; the last layer has computed no others."""
+        scores = [*(scores_TE[rows_N] for scores_TE in self._scores[:-1]), self._scores[-1]]
+        chosen = [route(s_NE, mixture.n_chosen)[1] for s_NE, mixture in zip(scores, self._mixtures, strict=True)]
+        return torch.stack(chosen, dim=1).to(torch.int16).cpu().numpy()

@@ -1,0 +1,86 @@
+"""The same bits every time: a sequence's logits alone, in any batch, at any chunk size, on any number of threads."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_folder, tokens
+
+from maestrale.batch import CacheLayout
+from maestrale.checkpoint.reader import open_checkpoint
+from maestrale.config import ModelConfig, MoeConfig
+from maestrale.engine.engine import Engine
+from maestrale.native_backend.load import load_model
+from maestrale.native_backend.runner import NativeRunner
+from maestrale.sampling.params import SamplingParams
+
+SHAPE = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 96, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 70}
+COMMON = {"norm_eps": 1e-5, "rope_theta": 1e4}
+MODELS = {
+    "dense": ModelConfig(**SHAPE, **COMMON, sliding_window=(None, None)),
+    "a window a layer": ModelConfig(**SHAPE, **COMMON, sliding_window=(None, 20), tied_embeddings=True),
+    "mixture": ModelConfig(**SHAPE, **COMMON, sliding_window=(30, 30), moe=MoeConfig(5, 2)),
+}
+MAX_LEN = 150
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: make_folder(tmp_path_factory.mktemp("model"), config) for name, config in MODELS.items()}
+
+
+def engine(folder: Path, isa: str, weights: str, threads: int, max_chunk: int = 64, pages: int | None = None) -> Engine:
+    with open_checkpoint(folder) as checkpoint:
+        windows = checkpoint.config.windows
+        kept = [MAX_LEN if w is None else min(MAX_LEN, w + max_chunk - 1) for w in windows]
+        rings = tuple(-(-tokens // 16) for tokens in kept)
+        layout = CacheLayout(16, MAX_LEN, max_chunk, windows, rings, tuple(pages or 8 * ring for ring in rings))
+        model = load_model(checkpoint, layout, weights, half=weights != "f32", threads=threads, isa=isa)
+        return Engine(NativeRunner(model, layout, checkpoint.config), checkpoint.config.vocab_size, None, 8)
+
+
+def logits(engine: Engine, prompts, chunks) -> list[np.ndarray]:
+    score = SamplingParams(max_tokens=0)
+    requests = [engine.submit(p, score, chunk_size=c, keep_logits=True) for p, c in zip(prompts, chunks, strict=True)]
+    while engine.has_work:
+        engine.step()
+    return [np.stack(request.logits) for request in requests]
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_same_to_the_last_bit(name, weights, isa, folders):
+    lengths = st.lists(st.integers(1, 100), min_size=1, max_size=6)
+
+    @settings(max_examples=2 if isa == "generic" else 6)  # plain C++ is slow
+    @given(lengths, st.integers(0, 1 << 20), st.integers(1, 5), st.integers(1, 64), st.data())
+    def check(lengths, seed, threads, budget, data):
+        prompts = [tokens(length, 70, seed + i) for i, length in enumerate(lengths)]
+        alone = engine(folders[name], isa, weights, 1)
+        expected = [logits(alone, [prompt], [None])[0] for prompt in prompts]
+        together = engine(folders[name], isa, weights, threads, budget)
+        chunks = [data.draw(st.none() | st.integers(1, 70)) for _ in prompts]
+        for ours, theirs in zip(logits(together, prompts, chunks), expected, strict=True):
+            assert np.array_equal(ours, theirs)
+
+    check()
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_preemption_changes_no_bit(name, weights, folders):
+    prompts = [tokens(length, 70, length) for length in (40, 17, 33, 60)]
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, logprobs=1)
+
+    def found(pages):
+        one = engine(folders[name], "", weights, 2, 32, pages)
+        requests = [one.submit(prompt, params) for prompt in prompts]
+        while one.has_work:
+            one.step()
+        return one.scheduler.preemptions, [(r.completions[0].token_ids, r.completions[0].logprobs) for r in requests]
+
+    (none, roomy), (some, tight) = found(None), found(12)
+    assert none == 0 < some
+    assert tight == roomy

@@ -1,0 +1,66 @@
+"""Run by torchrun: `failing.py HOW FOLDER`. Rank 1 does its part badly; every rank prints how it ended, and leaves.
+
+HOW: killed_loading, killed_idle, killed_prefill, killed_decode, hangs, bad_file (FOLDER/bad is rank 1's), raises.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from maestrale import LLM, SamplingParams
+from maestrale.errors import DistributedError
+from maestrale.torch_backend.parallel import runner
+from maestrale.torch_backend.parallel.link import world
+
+
+def fail(how: str) -> None:
+    if how == "raises":
+        raise ZeroDivisionError("made for the test")
+    os.kill(os.getpid(), signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
+
+
+def die_when_idle(folder: Path) -> None:
+    while not (folder / "idle").exists():
+        time.sleep(0.05)
+    fail("killed")
+
+
+def main(how: str, folder: Path) -> None:
+    rank = world()[0]
+    if rank == 1:
+        if how == "killed_loading":
+            runner.load_shard = lambda *_, **__: fail(how)
+        steps, run = [0], runner.Stage.run
+
+        def counted(self, batch):
+            steps[0] += 1
+            if (how == "killed_prefill" and steps[0] == 1) or (
+                how not in ("killed_idle", "bad_file") and steps[0] == 4
+            ):
+                fail(how)
+            return run(self, batch)
+
+        runner.Stage.run = counted
+        if how == "killed_idle":
+            threading.Thread(target=die_when_idle, args=(folder,), daemon=True).start()
+    here = folder / "bad" if how == "bad_file" and rank == 1 else folder / "good"
+    llm = LLM(here, dtype="float32", max_len=64, num_pipeline_ranks=2, distributed_timeout=8)
+    if how == "killed_idle":
+        (folder / "idle").touch()
+        time.sleep(1)
+    llm.generate([[1, 5, 9]], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+
+
+if __name__ == "__main__":
+    begun = time.monotonic()
+    try:
+        main(sys.argv[1], Path(sys.argv[2]))
+    except DistributedError as error:
+        print(
+            f"rank {world()[0]} ended after {time.monotonic() - begun:.0f} s, code {error.exit_code}: {error}",
+            flush=True,
+        )
+        sys.exit(error.exit_code)

@@ -1,0 +1,65 @@
+"""Run by torchrun: `ranks.py CASES OUT`. Each case is a folder, a mesh and what to ask; rank 0 writes what came out.
+
+One start for many cases: starting processes costs more than running tiny models.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from maestrale.batch import CacheLayout
+from maestrale.checkpoint.reader import open_checkpoint
+from maestrale.engine.engine import Engine
+from maestrale.mesh import Mesh
+from maestrale.sampling.params import SamplingParams
+from maestrale.torch_backend.parallel.link import Link
+from maestrale.torch_backend.parallel.runner import open_ranks
+
+PAGE, MAX_LEN, MAX_CHUNK = 4, 64, 16
+
+
+def layout_for(windows):
+    rings = tuple(math.ceil((MAX_LEN if w is None else min(MAX_LEN, w + MAX_CHUNK - 1)) / PAGE) for w in windows)
+    return CacheLayout(PAGE, MAX_LEN, MAX_CHUNK, windows, rings, tuple(8 * ring for ring in rings))
+
+
+def answer(case):
+    """What a case's prompts give, on rank 0; None on the others."""
+    mesh = Mesh(*case["mesh"])
+    link = Link(mesh, timeout=60)
+    with open_checkpoint(case["folder"]) as checkpoint:
+        config = checkpoint.config
+        mesh.check(config)
+        try:
+            runner = open_ranks(
+                checkpoint, link, case["dtype"], "cpu", lambda _: layout_for(config.windows), lambda *_: None
+            )
+        except SystemExit:
+            return None
+    engine = Engine(runner, config.vocab_size, None, 8)
+    requests = [
+        engine.submit(prompt, SamplingParams(ignore_eos=True, **case["params"]), keep_logits=True)
+        for prompt in case["prompts"]
+    ]
+    while engine.has_work:
+        engine.step()
+    runner.close()
+    return [
+        {"tokens": request.completions[0].token_ids, "logits": [row.tolist() for row in request.logits]}
+        for request in requests
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # a second group in one job needs a store of its own
+    port, answers = int(os.environ["MASTER_PORT"]), []
+    for number, case in enumerate(json.loads(Path(sys.argv[1]).read_text()), 1):
+        os.environ["MASTER_PORT"] = str(port + number)
+        answers.append(answer(case))
+    if answers[0] is not None:
+        Path(sys.argv[2]).write_text(json.dumps(answers))

@@ -1,0 +1,74 @@
+"""A rank that dies, hangs or meets a bad file ends the job on every other rank, with code 6, its name and the cause."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import DENSE, make_folder
+
+SCRIPT = Path(__file__).parent / "failing.py"
+SOURCE = Path(__file__).parents[2] / "src"
+ENDS = {  # how rank 1 fails → what rank 0 must say of it
+    "killed_loading": "has gone",
+    "killed_idle": "rank 1 has gone",
+    "killed_prefill": "rank 1 has gone",
+    "killed_decode": "rank 1 has gone",
+    "hangs": "rank 1 does not answer",
+    "bad_file": "rank 1 on .*consolidated.safetensors",
+    "raises": "rank 1 has gone",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    make_folder(root / "good", DENSE)
+    shutil.copytree(root / "good", root / "bad")
+    weights = root / "bad" / "consolidated.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return root
+
+
+def start(how, folder):
+    """Two ranks without torchrun, whose agent would end the one as soon as the other has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, how, folder],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_rank_that_fails_ends_the_job_by_name(how, folder):
+    (folder / "idle").unlink(missing_ok=True)
+    begun, ranks = time.monotonic(), start(how, folder)
+    try:
+        out, err = ranks[0].communicate(timeout=90)
+        assert ranks[0].returncode == 6, err
+        words = " ".join(out.split())
+        assert re.search(ENDS[how], words), words
+        if how in ("bad_file", "raises"):  # the one that can still speak names the cause
+            other, err = ranks[1].communicate(timeout=30)
+            assert ranks[1].returncode == 6, err
+            assert ("made for the test" if how == "raises" else "consolidated.safetensors") in other
+        assert time.monotonic() - begun < 80
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()

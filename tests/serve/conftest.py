@@ -1,0 +1,39 @@
+"""The servers that the tests ask: one with the bundled model for all, others with tiny models and tight limits."""
+
+from dataclasses import replace
+
+import pytest
+from live import Live
+from tiny import DENSE, make_folder, write_tekken
+
+BYTES = replace(DENSE, vocab_size=288, max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """The bundled model in float32. Left idle by every test."""
+    server = Live("--dtype", "float32", "--max-body", 2_000_000)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def bytes_folder(tmp_path_factory):
+    """A tiny random model of bytes with a v7 tokenizer; its context holds 2048 tokens."""
+    folder = make_folder(tmp_path_factory.mktemp("serve") / "bytes", BYTES)
+    write_tekken(folder)
+    return folder
+
+
+@pytest.fixture
+def start(bytes_folder):
+    """Live, on the tiny model; ended with the test."""
+    started = []
+
+    def live(*args: object, **options) -> Live:
+        started.append(Live(bytes_folder, *args, **options))
+        return started[-1]
+
+    yield live
+    for server in started:
+        server.close()
