@@ -52,7 +52,7 @@ def kernels() -> list[Extension]:
             # no fused multiply-add but where the kernels say so: the same bits from every compiler
             extra_compile_args=[  # the last two: GCC 12 warns of its own headers
                 *("-std=c++20", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
-                *("-fno-strict-aliasing", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+                *("-fno-strict-aliasing", "-g0", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
             ],
             py_limited_api=stable,
             optional=True,

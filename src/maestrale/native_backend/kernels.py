@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maestrale.checkpoint.packed import PackedWeight
+from maestrale.checkpoint.packed import BLOCK, PackedWeight
 from maestrale.errors import UsageError
 
 native: Any = None
@@ -54,3 +54,15 @@ def linear(pool: Any, isa: str, weight: Any, x: NDArray[np.float32], exact: bool
     y = np.empty((len(x), weight.n), np.float32)
     native.linear(pool, isa, weight, np.ascontiguousarray(x, np.float32), y, exact=exact)
     return y
+
+
+def pack(pool: Any, rows: NDArray, codes: bool = False) -> NDArray[np.uint32]:
+    """The `data` of a PackedWeight, as words [blocks, words of a row, 16]; the caller views them as the format's type.
+
+    rows [n, k]: float32, uint16 (patterns of bfloat16) or int8; or, with `codes`, uint8 from 0 to 15 for int4.
+    """
+    n, k = rows.shape
+    words = k // 8 if codes else -(-k * rows.itemsize // 4)
+    data = np.empty((-(-n // BLOCK), words, BLOCK), np.uint32)
+    native.pack(pool, np.ascontiguousarray(rows), codes, data)
+    return data

@@ -52,6 +52,12 @@ inline int64_t row_bytes(Format format, int64_t k) {
   return (bytes + 63) / 64 * 64;
 }
 
+// The bytes of a block's `data`.
+inline int64_t block_bytes(const Weight& w) {
+  const int64_t inputs = w.format == Format::f32 ? 1 : w.format == Format::bf16 ? 2 : w.format == Format::int8 ? 4 : 8;
+  return (w.k + inputs - 1) / inputs * 64;
+}
+
 inline int64_t blocks_of(const Weight& w) { return (w.n + kBlock - 1) / kBlock; }
 
 // Where a product goes: y[t * stride + o] = or += the sum, for the outputs o < n of the blocks asked for.

@@ -2,7 +2,24 @@
 //
 // A tile's size never shows in its bits: every lane of every sum adds the inputs in ascending order.
 
-constexpr int64_t kAhead = 1024;  // bytes from what is read to what is asked of memory
+// What a tile asks of memory ahead of its own reading, at 64 bytes from the place for each 64 that it reads, or less.
+// A single pass over the blocks asks for its own next bytes. Of several passes, which read the first's bytes again from
+// the cache, each asks for its share of the next blocks: so memory and multiplication go on together.
+struct Ahead {
+  int64_t data, step;  // bytes from the tile's block to the first, and from one step to the next
+  int64_t scales;      // int4: the same for its scales, which every pass asks for
+
+  static constexpr int64_t kNear = 2048;
+
+  Ahead(const Weight& w, int64_t blocks, int64_t pass, int64_t passes) : data(kNear), step(64), scales(kNear / 2) {
+    if (passes == 1) return;
+    int64_t shares = 2;
+    while (shares < 16 && shares * 2 <= passes) shares *= 2;
+    const int64_t block = block_bytes(w);
+    data = blocks * block + pass % shares * (block / shares), step = 64 / shares;
+    if (w.scales) scales = blocks * (w.k / w.group) * 2 * kBlock;
+  }
+};
 
 // body(0), body(1), … with constants for numbers: what an array holds stays in registers, which a loop would not promise.
 template <int N, class Body>
@@ -68,9 +85,10 @@ struct ByteProduct {
 template <class Product>
 struct Plain {
   template <int R, int V>
-  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out) {
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out, const Ahead& ahead) {
     const int64_t steps = (w.k + Product::kInputs - 1) / Product::kInputs;
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * steps * 64;
+    const uint8_t* next = data + ahead.data;
     const uint8_t* x = static_cast<const uint8_t*>(rows.data) + row * rows.stride;
     typename Product::Sum sums[R][V];
     each<R, V>(EACH { sums[r][v] = Product::start(w, block + v); });
@@ -78,9 +96,8 @@ struct Plain {
       Four four[R];
       times<R>([&](auto r) __attribute__((always_inline)) { four[r] = spread(x + r * rows.stride + step * 4); });
       times<V>([&](auto v) __attribute__((always_inline)) {
-        const uint8_t* at = data + (v * steps + step) * 64;
-        __builtin_prefetch(at + kAhead);
-        const auto weights = Product::load_weights(at);
+        __builtin_prefetch(next + v * steps * 64 + step * ahead.step);
+        const auto weights = Product::load_weights(data + (v * steps + step) * 64);
         times<R>([&](auto r) __attribute__((always_inline)) { sums[r][v] = Product::add(sums[r][v], weights, four[r]); });
       });
     }
@@ -94,9 +111,10 @@ struct Plain {
 template <bool affine>
 struct Grouped {
   template <int R, int V>
-  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out) {
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out, const Ahead& ahead) {
     const int64_t groups = w.k / w.group, steps = w.group / 8;
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * groups * steps * 64;
+    const uint8_t* next = data + ahead.data;
     const uint8_t* x = static_cast<const uint8_t*>(rows.data) + row * rows.stride;
     const int32_t* row_sums = rows.sums + row * groups;
     Floats totals[R][V];
@@ -111,15 +129,15 @@ struct Grouped {
             four[r] = spread(x + r * rows.stride + step * 8 + half * 4);
           });
           times<V>([&](auto v) __attribute__((always_inline)) {
-            const uint8_t* at = data + (v * groups * steps + step) * 64;
-            if constexpr (!half) __builtin_prefetch(at + kAhead);
-            const Bytes both = load_bytes(at);
+            if constexpr (!half) __builtin_prefetch(next + v * groups * steps * 64 + step * ahead.step);
+            const Bytes both = load_bytes(data + (v * groups * steps + step) * 64);
             const Bytes codes = half ? high_nibbles(both) : low_nibbles(both);
             times<R>([&](auto r) __attribute__((always_inline)) { sums[r][v] = dot_nibbles(sums[r][v], codes, four[r]); });
           });
         });
       times<V>([&](auto v) __attribute__((always_inline)) {
         const int64_t at = ((block + v) * groups + g) * kBlock;
+        __builtin_prefetch(reinterpret_cast<const uint8_t*>(w.scales + at) + ahead.scales);
         const Floats scale = load_half(w.scales + at);
         times<R>([&](auto r) __attribute__((always_inline)) {
           totals[r][v] = fma(to_floats(sums[r][v]), scale, totals[r][v]);
@@ -136,7 +154,7 @@ struct Grouped {
 // int8 and int4 weights with bf16 rows: every weight is widened to fp32 and multiplied there.
 struct Exact {
   template <int R, int V>
-  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out) {
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out, const Ahead&) {
     Floats totals[R][V];
     for (int v = 0; v < V; ++v) {
       for (int r = 0; r < R; ++r) totals[r][v] = floats(0);
@@ -190,13 +208,16 @@ struct Exact {
   }
 };
 
-// All rows times V blocks: tiles of R rows, then of the next smaller power of two for the rest.
-template <class Kind, int R, int V>
+// Rows from `first` on times V blocks: tiles of R rows, then of the next smaller power of two for the rest. At most
+// `most` rows make a pass over the blocks.
+template <class Kind, int R, int V, int most = R>
 inline void every_row(const Weight& w, const Rows& rows, int64_t first, int64_t block, const Output& out) {
+  const int64_t passes = (rows.count + most - 1) / most;
   int64_t row = first;
-  for (; rows.count - row >= R; row += R) Kind::template tile<R, V>(w, rows, row, block, out);
+  for (; rows.count - row >= R; row += R)
+    Kind::template tile<R, V>(w, rows, row, block, out, Ahead(w, V, row / most, passes));
   if constexpr (R > 1)
-    if (row < rows.count) every_row<Kind, R == 6 ? 4 : R / 2, V>(w, rows, row, block, out);
+    if (row < rows.count) every_row<Kind, R == 6 ? 4 : R / 2, V, most>(w, rows, row, block, out);
 }
 
 template <class Kind, Tile tile>

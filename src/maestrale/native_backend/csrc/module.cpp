@@ -5,5 +5,6 @@ NB_MODULE(_native, m) {
   m.doc() = "C++ kernels of Maestrale's native backend";
   maestrale::bind_linear(m);
   maestrale::bind_attention(m);
+  maestrale::bind_pack(m);
   maestrale::bind_model(m);
 }

@@ -30,6 +30,7 @@ const Kernels& kernels_named(const std::string& isa);
 
 void bind_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
+void bind_pack(nanobind::module_& m);
 void bind_model(nanobind::module_& m);
 
 }  // namespace maestrale

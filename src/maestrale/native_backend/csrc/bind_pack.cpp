@@ -1,0 +1,59 @@
+// The packed layouts of linear.h, written fast. In all of them a row is a series of 4-byte words (one fp32, two bf16,
+// four int8, eight nibbles), and a block holds word after word of its 16 rows.
+#include <cstring>
+#include <stdexcept>
+
+#include "module.h"
+
+namespace nb = nanobind;
+
+namespace maestrale {
+
+namespace {
+
+// The word of up to 4 / bytes elements; missing ones are 0.
+uint32_t word_of(const uint8_t* p, int64_t bytes) {
+  uint32_t word = 0;
+  std::memcpy(&word, p, size_t(bytes < 4 ? bytes : 4));
+  return word;
+}
+
+// The word of eight codes: the low nibbles are the first four's.
+uint32_t word_of_codes(const uint8_t* p) { return word_of(p, 4) | word_of(p + 4, 4) << 4; }
+
+void pack_block(const uint8_t* rows, int64_t count, int64_t row_bytes, bool codes, uint32_t* block) {
+  const int64_t step = codes ? 8 : 4, words = (row_bytes + step - 1) / step;
+  constexpr int64_t kWords = 16;  // a cache line of each row at a time
+  for (int64_t first = 0; first < words; first += kWords)
+    for (int64_t o = 0; o < kBlock; ++o)
+      for (int64_t word = first; word < first + kWords && word < words; ++word) {
+        const uint8_t* p = rows + o * row_bytes + word * step;
+        block[word * kBlock + o] = o >= count ? 0 : codes ? word_of_codes(p) : word_of(p, row_bytes - word * step);
+      }
+}
+
+}  // namespace
+
+void bind_pack(nb::module_& m) {
+  // rows [n, k] of fp32, bf16 patterns, int8 or (codes) numbers from 0 to 15, one a byte; data: room for the blocks.
+  m.def(
+      "pack",
+      [](Pool& pool, AnyArray rows, bool codes, Array<uint32_t> data) {
+        if (rows.ndim() != 2 || (codes && rows.shape(1) % 8)) throw std::invalid_argument("rows must be [n, k]");
+        const int64_t n = int64_t(rows.shape(0)), bytes = int64_t(rows.shape(1) * rows.itemsize());
+        const int64_t words = codes ? bytes / 8 : (bytes + 3) / 4, blocks = (n + kBlock - 1) / kBlock;
+        if (int64_t(data.size()) != blocks * words * kBlock) throw std::invalid_argument("data has not the size");
+        const auto* from = static_cast<const uint8_t*>(rows.data());
+        uint32_t* to = data.data();
+        nb::gil_scoped_release released;
+        pool.run([&](int thread) {
+          for (int64_t b = blocks * thread / pool.size(); b < blocks * (thread + 1) / pool.size(); ++b) {
+            const int64_t left = n - b * kBlock;
+            pack_block(from + b * kBlock * bytes, left < kBlock ? left : kBlock, bytes, codes, to + b * words * kBlock);
+          }
+        });
+      },
+      nb::arg("pool"), nb::arg("rows"), nb::arg("codes"), nb::arg("data"));
+}
+
+}  // namespace maestrale
