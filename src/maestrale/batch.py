@@ -7,7 +7,7 @@ sees (`visible`). They are written with plain operators, so numpy and torch arra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,3 +86,15 @@ class Runner(Protocol):
     def layout(self) -> CacheLayout: ...
 
     def step(self, batch: Batch) -> StepOutput: ...
+
+
+@runtime_checkable
+class Pipelined(Runner, Protocol):
+    """A runner of several stages that work at the same time: up to `depth` steps may be under way. Outputs come in the
+    order of the batches; pages may be used again in a later batch, whatever is under way."""
+
+    depth: int
+
+    def send(self, batch: Batch) -> None: ...
+
+    def receive(self) -> StepOutput: ...

@@ -53,6 +53,7 @@ class Options:
     ignore_unexpected: bool = False
     threads: int | None = None
     prefix_cache: bool = True
+    speculate: bool = True
     pipeline: int | None = None
     tensor: int | None = None
     expert: int = 1
@@ -166,6 +167,7 @@ def launch(
         options.max_sequences,
         list(options.adapters),
         prefix_cache=options.prefix_cache,
+        speculate=options.speculate,
     )
     return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes)
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.config import ModelConfig
+from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
 from maestrale.launch import Options, launch
@@ -26,13 +27,18 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine has to do. pages, free_pages: of the cache, over all kinds of layers."""
+    """What the engine has to do, and has done. pages, free_pages: of the cache, over all kinds of layers.
+
+    prefix_asked, prefix_found: tokens of prompts begun, and how many of them lay in the cache already.
+    """
 
     waiting: int
     running: int
     pages: int
     free_pages: int
     preemptions: int
+    prefix_asked: int
+    prefix_found: int
 
 
 class LLM:
@@ -52,7 +58,9 @@ class LLM:
     of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
-    prefix_cache: keep the pages of what was computed, for prompts that begin alike; text does not depend on it.
+    prefix_cache: keep the pages of what was computed, for prompts that begin alike.
+    speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
+    either.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
@@ -79,6 +87,7 @@ class LLM:
         require_tokenizer: bool = False,
         threads: int | None = None,
         prefix_cache: bool = True,
+        speculate: bool = True,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
@@ -92,6 +101,7 @@ class LLM:
             ignore_unexpected,
             threads=threads,
             prefix_cache=prefix_cache,
+            speculate=speculate,
             pipeline=num_pipeline_ranks,
             tensor=tensor_parallel,
             expert=expert_parallel,
@@ -122,6 +132,10 @@ class LLM:
         if self._launched.tokenizer is None:
             raise self._launched.tokenizer_error or RuntimeError("no tokenizer")
         return self._launched.tokenizer
+
+    def counters(self) -> Counters:
+        """What the engine has done so far, and what it holds."""
+        return self._engine.counters()
 
     def generate(
         self,
@@ -186,7 +200,7 @@ class LLM:
             pass
         answer = _ordered(request)[0]
         if tools:
-            answer.text, calls = self.tokenizer.read_calls(str(ids)).push(answer.token_ids, answer.text)
+            answer.text, calls = self.tokenizer.read_calls(str(ids)).push(answer.token_ids, answer.text, ended=True)
             answer.tool_calls = calls
             if calls and answer.finish_reason == "stop":
                 answer.finish_reason = "tool_calls"
@@ -214,9 +228,18 @@ class LLM:
 
     # A thread that drives the model step by step, as a server does, uses these and no other method besides.
 
-    def submit(self, ids: Sequence[int], params: SamplingParams, *, reply: bool = False) -> Request:
-        """Queues a prompt of token ids. RequestError where it cannot be served. `reply` as for `stream`."""
-        return self._engine.submit(ids, params, reply=reply)
+    def submit(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        reply: bool = False,
+        namespace: str = "",
+        adapter: str | None = None,
+    ) -> Request:
+        """Queues a prompt of token ids. RequestError where it cannot be served. `reply`, `adapter` as for `stream`;
+        namespace: cached pages are shared only with prompts of the same one."""
+        return self._engine.submit(ids, params, reply=reply, namespace=namespace, adapter=adapter)
 
     def step(self) -> list[tuple[Request, Completion]]:
         """One batch: what is new, and for whom. A request that has ended is `finished`, perhaps with an `error`."""
@@ -245,7 +268,24 @@ class LLM:
             pages=sum(pages.layout.pages),
             free_pages=sum(pages.available),
             preemptions=scheduler.preemptions,
+            prefix_asked=self._engine.prefixes.asked,
+            prefix_found=self._engine.prefixes.found,
         )
+
+    def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
+        """The mean of the last hidden states of a text, float32 [dim]; before it a None for each chunk but the last,
+        where a server may do something else. RequestError where the text is too long, or the backend cannot do it."""
+        embed = getattr(self._engine.runner, "embed", None)
+        if embed is None:
+            raise RequestError(
+                f"model: no embeddings from this backend ({self.description}): use --backend torch", "model"
+            )
+        if not 0 < len(ids) <= self.max_len or min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise RequestError(
+                f"input: expected 1 to {self.max_len} token ids from 0 to {self.config.vocab_size - 1}, got {len(ids)}",
+                "input",
+            )
+        return cast(Iterator[NDArray[np.float32] | None], embed(ids))
 
     def _submit(
         self,

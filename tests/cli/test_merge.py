@@ -2,21 +2,7 @@
 
 import json
 
-import torch
-from byte_models import CONFIGS
-from safetensors.torch import save_file
-
-
-def native_adapter(folder, scale=1.0):
-    draw = torch.Generator().manual_seed(0)
-    stored = {}
-    for layer in range(2):
-        stored[f"layers.{layer}.attention.wv.lora_A.weight"] = torch.randn(2, 32, generator=draw)
-        stored[f"layers.{layer}.attention.wv.lora_B.weight"] = torch.randn(16, 2, generator=draw) * scale
-    folder.mkdir()
-    save_file(stored, folder / "lora.safetensors")
-    (folder / "params.json").write_text(json.dumps({"lora": {"rank": 2, "scaling": 0.5}}))
-    return folder
+from byte_models import CONFIGS, native_adapter
 
 
 def test_merged_and_unmerged_say_the_same_and_something_else_than_the_base(command, models, tmp_path):

@@ -7,6 +7,7 @@ from backends import open_engine, run
 from tiny import MODELS, hf_greedy, letters, tokens
 
 from maestrale import LLM, one_file
+from maestrale.engine.lookup import LookUp
 from maestrale.sampling.params import SamplingParams
 
 LENGTHS = [1, 37, 5, 64, 16]
@@ -91,6 +92,25 @@ def test_greedy_text_is_the_same_after_a_cache_hit(name, built, backend):
         assert request.completions[0].token_ids == hf_greedy(model, ids, 4)
         saved.append(engine.prefixes.found - before)
     assert saved == [0, 28, 20, 32]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text_is_the_same_whatever_is_drafted(name, built, backend, monkeypatch):
+    model, folder = built(name)
+    ids = tokens(20, seed=4)
+    true = [*ids, *hf_greedy(model, ids, 60)]
+
+    def draft(lookup, known, most):  # right for up to six tokens, then wrong in two cases of three
+        guess = true[len(known) : len(known) + min(most, 7)]
+        return [*guess[:-1], guess[-1] ^ min(len(known) % 3, 1)]
+
+    monkeypatch.setattr(LookUp, "draft", draft)
+    for page_size, max_chunk in ((4, 16), (1, 8), (3, 20)):
+        engine = open_engine(folder, backend, page_size=page_size, max_len=128, max_chunk=max_chunk)
+        request = engine.submit(ids, SamplingParams(max_tokens=60, temperature=0))
+        run(engine)
+        assert request.completions[0].token_ids == true[20:]
+        assert 40 < engine.speculation.accepted < engine.speculation.drafted
 
 
 @pytest.mark.parametrize("name", MODELS)

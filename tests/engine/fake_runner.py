@@ -43,6 +43,17 @@ def true_greedy(prompt: list[int], count: int, windows=(None,)) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def babble(seen: list[list[int]], position: int) -> np.ndarray:
+    """A rule that likes to go round in circles: most often the next token follows from the last two, but a sum over
+    all that is seen may turn it elsewhere, so that a wrong token anywhere in sight shows."""
+    tokens = [token for kind in seen for token in kind]
+    total = sum((i + 1) * token for i, token in enumerate(tokens))
+    best = 3 + (tokens[-1] * 3 + (tokens[-2] if len(tokens) > 1 else 0)) % 7 + (total % 11 == 0) * (1 + total % 5)
+    row = -0.7 * np.abs(np.arange(VOCAB) - best).astype(np.float32) - (total % 3) * 0.1
+    row[[0, 1, NAN_TOKEN]] = -50
+    return row
+
+
 def spell(prompt_length: int, answers: dict[int, list[int]]):
     """A rule that answers each prompt by its first token: answers[first][i] is the i-th new token."""
 
@@ -122,9 +133,9 @@ class FakeRunner:
         return self.rule(seen, position)
 
 
-def make_engine(tokenizer=None, max_sequences=16, rule=row_for, prefix_cache=True, **layout) -> Engine:
+def make_engine(tokenizer=None, max_sequences=16, rule=row_for, prefix_cache=True, speculate=True, **layout) -> Engine:
     runner = FakeRunner(make_layout(**layout), rule)
-    return Engine(runner, VOCAB, tokenizer, max_sequences, prefix_cache=prefix_cache)
+    return Engine(runner, VOCAB, tokenizer, max_sequences, prefix_cache=prefix_cache, speculate=speculate)
 
 
 def check_books(engine: Engine) -> None:

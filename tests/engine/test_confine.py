@@ -97,7 +97,7 @@ def test_an_error_of_ours_is_given_as_it_is():
 
 
 def test_a_fault_in_sampling_fails_its_request_only(monkeypatch):
-    from maestrale.engine import engine as module
+    from maestrale.engine import growth as module
 
     def sample(row, params, *others):
         if params.presence_penalty:

@@ -99,17 +99,25 @@ def torchrun(size, *command):
 ALL = [(size, case) for size in MESHES for case in cases(size)]
 
 
+def errors(folder, model, prompt, tokens, dtype):
+    """|logits of one process - transformers' in float32|, of a prompt and what followed."""
+    engine = open_engine(folder, "torch", dtype=dtype)
+    request = engine.submit(prompt + tokens[:-1], SamplingParams(max_tokens=0), keep_logits=True)
+    run(engine)
+    return np.abs(np.stack(request.logits) - hf_logits(model, prompt + tokens[:-1]).numpy())
+
+
 @pytest.mark.parametrize(("size", "case"), ALL, ids=[f"{size}-{'-'.join(map(str, case))}" for size, case in ALL])
 def test_ranks_give_what_transformers_gives(size, case, models, answers):
     name, _, dtype, _ = case
+    model, folder = models[name]
     for prompt, answer in zip(PROMPTS, answers[size, case], strict=True):
         ids = prompt + answer["tokens"]
-        expected = hf_logits(models[name][0], ids[:-1]).numpy()
-        got = np.array(answer["logits"], np.float32)
+        error = np.abs(np.array(answer["logits"], np.float32) - hf_logits(model, ids[:-1]).numpy())
         if dtype == "F32":
-            assert np.abs(got - expected).max() < 1e-4
-        else:
-            assert np.abs(got - expected).max() < 0.1  # logits of order 1 to 4: a few of bf16's steps
+            assert error.max() < 1e-4
+        else:  # sums over ranks round once more
+            assert error.mean() < 1.5 * errors(folder, model, prompt, answer["tokens"], dtype).mean()
 
 
 @pytest.mark.parametrize(("size", "case"), ALL, ids=[f"{size}-{'-'.join(map(str, case))}" for size, case in ALL])

@@ -4,6 +4,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -15,7 +17,7 @@ from transformers.generation.logits_process import (
 from maestrale.errors import RequestError
 from maestrale.sampling import policy
 from maestrale.sampling.params import SamplingParams
-from maestrale.sampling.policy import History, history_for, sample, token_logprob, uniform
+from maestrale.sampling.policy import Allowed, History, history_for, sample, token_logprob, uniform
 
 
 def some_logits(size, seed=0, scale=2.0):
@@ -280,3 +282,32 @@ def test_logprobs_are_those_of_the_raw_logits(scale):
     assert rows.dtype == np.float32
     np.testing.assert_allclose(rows[0], reference, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(rows[1], reference.numpy()[::-1], rtol=1e-6, atol=1e-5)
+
+
+# Constraints
+
+
+@given(
+    logits=st.lists(st.sampled_from([-np.inf, -3.0, 0.0, 0.5, 1.0, 2.0]), min_size=4, max_size=4),
+    allowed=st.lists(st.booleans(), min_size=4, max_size=4),
+    temperature=st.sampled_from([0, 0.7, 2]),
+    seed=st.integers(0, 5),
+)
+def test_what_is_not_allowed_is_as_if_its_logit_were_minus_infinity(logits, allowed, temperature, seed):
+    row, may = np.array(logits, np.float32), Allowed(np.packbits(allowed, bitorder="little"), 4)
+    params = SamplingParams(temperature=temperature, logit_bias={1: 3.0}, top_k=2, repetition_penalty=1.3)
+    lowered = np.array([x if ok else -np.inf for x, ok in zip(logits, allowed, strict=True)], np.float32)
+    if not np.isfinite(lowered).any():
+        with pytest.raises(RequestError):
+            sample(row, params, seed, 0, 0, (), history_for(params, [2], 4), may)
+        return
+    token = sample(row, params, seed, 0, 0, (), history_for(params, [2], 4), may)
+    assert token == sample(lowered, params, seed, 0, 0, (), history_for(params, [2], 4))
+    assert allowed[token]
+    assert may.ids().tolist() == [i for i in range(4) if i in may] == [i for i in range(4) if allowed[i]]
+
+
+def test_a_logit_that_is_no_number_is_told_under_a_constraint_too():
+    row = np.array([0, np.nan, 1], np.float32)
+    with pytest.raises(RequestError, match="nan"):
+        sample(row, SamplingParams(temperature=0), 0, 0, 0, allowed=Allowed(np.array([0b101], np.uint8), 3))

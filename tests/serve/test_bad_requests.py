@@ -80,7 +80,7 @@ WRONG = [
     (wrong(TEXT, seed=1, random_seed=2), "seed"),
     (wrong(TEXT, presence_penalty=2.5), "presence_penalty"),
     (wrong(TEXT, frequency_penalty=-2.5), "frequency_penalty"),
-    (wrong(TEXT, repetition_penalty=0), "repetition_penalty"),
+    (wrong(TEXT, repetition_penalty=1e-300), "repetition_penalty"),
     (wrong(TEXT, min_tokens=5), "min_tokens"),
     (wrong(TEXT, stream="yes"), "stream"),
     (wrong(TEXT, stream_options={"include_usage": True}), "stream_options"),
@@ -180,6 +180,7 @@ def test_an_unknown_route_is_a_404_and_a_wrong_method_a_405(stories):
     assert stories.get("/v1/nothing").error["type"] == "not_found_error"
     assert stories.get("/health/").status == 404
     assert stories.get(TEXT).status == 405
+    assert stories.get(TEXT).headers["allow"] == "POST"
     assert stories.post("/health", {}).error["message"]
 
 

@@ -58,10 +58,8 @@ def read_config(file: GgufFile) -> ModelConfig:
         raise ConfigError(
             f"{where}: general.architecture = {found!r}; expected {ARCHITECTURE!r}, as Mistral and Mixtral have it"
         )
-    if values.get("split.count", 0) > 1:
-        raise CheckpointError(
-            f"{where}: one of {values['split.count']} parts; join them with  llama-gguf-split --merge"
-        )
+    if (parts := values.get("split.count", 1)) not in (0, 1):
+        raise CheckpointError(f"{where}: one of {str(parts)[:40]} parts; join them with  llama-gguf-split --merge")
 
     def get(key: str, default: Any = None) -> Any:
         value = values.get(f"{ARCHITECTURE}.{key}", default)

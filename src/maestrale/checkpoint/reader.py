@@ -15,10 +15,9 @@ from types import TracebackType
 
 from numpy.typing import NDArray
 
-from maestrale.checkpoint import gguf, packed_room
+from maestrale.checkpoint import packed_room
 from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, byte_count, is_finite
 from maestrale.checkpoint.folder import ROOMS, find_weights
-from maestrale.checkpoint.gguf_room import open_gguf
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.packed import PackedWeight, dequantize
 from maestrale.checkpoint.place import Part, Place, QuantizedPlace
@@ -75,12 +74,13 @@ class Checkpoint:
         return bits
 
     def is_packed(self, name: str) -> bool:
-        """Whether `packed(name)` gives a weight, without reading it."""
+        """Whether `packed(name)` is to give a weight, without reading it."""
         place = self._places[name]
         return isinstance(place, QuantizedPlace) and place.packs
 
     def packed(self, name: str) -> PackedWeight | None:
-        """A weight that is stored quantized in a way that packing keeps exactly; None for any other.
+        """A weight that is stored quantized in a way that packing keeps exactly; None for any other, and for one whose
+        stored numbers turn out not to fit.
 
         Of a packed folder its arrays are views of the file; then `release` must wait until they are done with.
         """
@@ -88,8 +88,7 @@ class Checkpoint:
         if not isinstance(place, QuantizedPlace) or not self.is_packed(name):
             return None
         weight = place.read(self._arrays(place))
-        assert isinstance(weight, PackedWeight)
-        return weight
+        return weight if isinstance(weight, PackedWeight) else None
 
     def tensor(self, name: str) -> StoredTensor:
         """A view of the file where its bytes are right as they lie, else a copy of this tensor alone.
@@ -145,18 +144,32 @@ def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Chec
     room = ROOMS[layout]
     source = folder / room.CONFIG
     from_values = ModelConfig.from_hf if layout == "hf" else ModelConfig.from_mistral
-    config = from_values(read_json(source), str(source))
+    values, quantization = read_json(source), None
+    if layout == "hf":
+        quantization = values.pop("quantization_config", None)
+    config = from_values(values, str(source))
     files = [open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path) for path in paths]
     owner = _owners(files)
     for path, names in paths.items():
         if absent := [name for name in names if name not in owner or owner[name].path != path]:
             raise CheckpointError(f"{path}: the index says that it holds {_listed(absent)}; it does not")
-    places: Places = packed_room.places(config, files[0]) if layout == "packed" else room.places(config, owner)
+    places: Places
+    if layout == "packed":
+        places = packed_room.places(config, files[0])
+    elif quantization is not None:
+        from maestrale.checkpoint import hf_quantized
+
+        places = hf_quantized.places(config, owner, hf_quantized.read_scheme(quantization, str(source)))
+    else:
+        places = room.places(config, owner)
     _check(places, owner, config, source, room.IGNORED, ignore_unexpected)
     return Checkpoint(folder, config, layout, files, places)
 
 
 def _open_gguf(folder: Path, path: Path, ignore_unexpected: bool) -> Checkpoint:
+    from maestrale.checkpoint import gguf  # here, as below, so that other folders open sooner
+    from maestrale.checkpoint.gguf_room import open_gguf
+
     file = open_gguf(path)
     config = gguf.read_config(file)
     places = gguf.places(config, file)

@@ -9,7 +9,6 @@ steps away from zero that value is put at first; for the codes that follow, the 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +44,8 @@ def round_to_nearest(
         if format == "int8":
             return pack_int8(*int8_codes(values))
         return pack_int4(*int4_codes(values, group))
+
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and a folder that is only run needs none
 
     try:
         with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:

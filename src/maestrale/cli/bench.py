@@ -137,6 +137,7 @@ class Stand:
             max_sequences=max(sizes),
             threads=threads,
             prefix_cache=False,
+            speculate=False,
         )
         self.launched: Launched = launch(path, options, progress=progress)
         self.config, self.engine = self.launched.config, self.launched.engine

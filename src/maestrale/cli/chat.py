@@ -32,11 +32,17 @@ def chat(
     repetition_penalty: opt.RepetitionPenalty = 1.0,
     seed: opt.Seed = None,
     dtype: opt.Dtype = "auto",
+    weights: opt.Weights = "auto",
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
+    threads: opt.Threads = None,
+    num_pipeline_ranks: opt.PipelineRanks = None,
+    tensor_parallel: opt.TensorParallel = None,
+    expert_parallel: opt.ExpertParallel = 1,
     max_len: opt.MaxLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
+    adapter: opt.Adapter = None,
 ) -> None:
     """Talk with a model. /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
 
@@ -58,12 +64,18 @@ def chat(
         },
         {
             "dtype": dtype,
+            "weights": weights,
             "device": device,
             "backend": backend,
+            "threads": threads,
+            "num_pipeline_ranks": num_pipeline_ranks,
+            "tensor_parallel": tensor_parallel,
+            "expert_parallel": expert_parallel,
             "max_len": max_len,
             "max_batch_tokens": max_batch_tokens,
             "ignore_unexpected": ignore_unexpected,
         },
+        adapter,
     )
 
 
@@ -74,6 +86,7 @@ def converse(
     plain: bool,
     sampling: Mapping[str, Any],
     model: Mapping[str, Any],
+    adapter: Path | None = None,
 ) -> None:
     """Opens the model and talks. sampling: fields of SamplingParams. model: arguments of LLM."""
     if form not in FORMS:
@@ -83,7 +96,8 @@ def converse(
     from maestrale.sampling.params import SamplingParams
 
     params = SamplingParams(**sampling)  # a wrong value is refused before a weight is read
-    llm = opt.open_llm(path, **model)
+    adapters = {"adapter": adapter} if adapter else None
+    llm = opt.open_llm(path, **model, adapters=adapters)
     params = SamplingParams(**sampling, experts=llm.config.moe is not None)
     name = path.resolve().name if path else "stories"
     conversation: Conversation
@@ -102,4 +116,4 @@ def converse(
                 file=sys.stderr,
             )
         conversation = Text(llm.tokenizer)
-    Session(llm, name, conversation, params, plain).run()
+    Session(llm, name, conversation, params, plain, "adapter" if adapter else None).run()

@@ -32,8 +32,10 @@ def convert(
     """
     from maestrale.checkpoint import convert as conversion
     from maestrale.checkpoint import gguf_writer
+    from maestrale.launch import model_folder
     from maestrale.text.tokenizer import is_tokenizer_file
 
+    src = model_folder(src)
     tensors, written, start = 0, 0, time.perf_counter()
     with opt.progress_line("converting") as show:
 

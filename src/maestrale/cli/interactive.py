@@ -33,6 +33,7 @@ def interactive(
     max_len: opt.MaxLen = None,
     max_batch_tokens: opt.MaxBatchTokens = None,
     ignore_unexpected: opt.IgnoreUnexpected = False,
+    adapter: opt.Adapter = None,
 ) -> None:
     """Write a text with the model, line by line; with --instruct, talk with it, as `chat` does.
 
@@ -61,4 +62,4 @@ def interactive(
         "max_batch_tokens": max_batch_tokens,
         "ignore_unexpected": ignore_unexpected,
     }
-    converse(path, "chat" if instruct else "text", None, False, sampling, model)
+    converse(path, "chat" if instruct else "text", None, False, sampling, model, adapter)

@@ -96,9 +96,22 @@ def serve(
         float, typer.Option(help="Seconds of silence after which a stream says that it lives.", rich_help_panel=_LIMITS)
     ] = 10.0,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", rich_help_panel=_LIMITS)] = 16 << 20,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FOLDER: a LoRA adapter that requests may ask for as a model; may be given again.",
+            show_default=False,
+            rich_help_panel=opt.MODEL,
+        ),
+    ] = None,
     dtype: opt.Dtype = "auto",
+    weights: opt.Weights = "auto",
     device: opt.Device = "auto",
     backend: opt.Backend = "auto",
+    threads: opt.Threads = None,
+    num_pipeline_ranks: opt.PipelineRanks = None,
+    tensor_parallel: opt.TensorParallel = None,
+    expert_parallel: opt.ExpertParallel = 1,
     ignore_unexpected: opt.IgnoreUnexpected = False,
 ) -> None:
     """Serve a model to OpenAI's, Mistral's and other clients.
@@ -113,8 +126,10 @@ def serve(
         raise UsageError(f"{error.name} is not installed: run  pip install 'maestrale[serve]'") from None
 
     keys = [*(api_key or []), *(_keys(api_key_file) if api_key_file else [])]
+    adapters = dict(map(_adapter, adapter or []))
     settings = Settings(
         name=name or _name(path),
+        adapters=tuple(adapters),
         host=host,
         port=port,
         api_keys=tuple(keys),
@@ -135,8 +150,14 @@ def serve(
         lambda: opt.open_llm(
             path,
             dtype=dtype,
+            weights=weights,
             device=device,
             backend=backend,
+            threads=threads,
+            num_pipeline_ranks=num_pipeline_ranks,
+            tensor_parallel=tensor_parallel,
+            expert_parallel=expert_parallel,
+            adapters=adapters,
             max_len=max_len,
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
@@ -149,6 +170,13 @@ def serve(
 
 def _name(path: Path | None) -> str:
     return "stories" if path is None else path.resolve().name
+
+
+def _adapter(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise UsageError(f"adapter {text!r}: expected NAME=FOLDER")
+    return name, folder
 
 
 def _keys(path: Path) -> list[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -35,10 +36,20 @@ class Said:
 
 
 class Session:
-    """name: the model's, for the status line. plain: no Markdown, which only chats on a terminal have anyway."""
+    """name: the model's, for the status line. plain: no Markdown, which only chats on a terminal have anyway.
+    adapter: the name of one of the model's adapters, to go through."""
 
-    def __init__(self, llm: LLM, name: str, conversation: Conversation, params: SamplingParams, plain: bool = False):
+    def __init__(
+        self,
+        llm: LLM,
+        name: str,
+        conversation: Conversation,
+        params: SamplingParams,
+        plain: bool = False,
+        adapter: str | None = None,
+    ):
         self.llm, self.name, self.conversation, self.params = llm, name, conversation, params
+        self.adapter = adapter
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         markdown = self.terminal and not plain and conversation.form == "chat"
         self.write = write_markdown if markdown else write_plain
@@ -75,7 +86,8 @@ class Session:
                 "prompt",
             )
         said = self.said = Said()
-        self.write(self._texts(ids, said))
+        with _no_echo() if self.terminal else nullcontext():
+            self.write(self._texts(ids, said))
         self.conversation.add(line, said.text, said.token_ids)
         self.used = len(ids) + len(said.token_ids)
         if self.terminal:
@@ -104,7 +116,7 @@ class Session:
         params = self.params
         if params.seed is not None:
             params = replace(params, seed=params.seed + self.retries)  # a retry is another draw, and repeatable too
-        stream = self.llm.stream(ids, params, reply=self.conversation.replies)
+        stream = self.llm.stream(ids, params, reply=self.conversation.replies, adapter=self.adapter)
         started = None
         with _interruptible() as interrupted:
             for piece in stream:
@@ -119,6 +131,18 @@ class Session:
                     break
             stream.close()  # type: ignore[attr-defined]  # its pages are free from here on
         said.seconds = time.perf_counter() - started if started else 0.0
+
+
+@contextmanager
+def _no_echo() -> Iterator[None]:
+    """Within, keys are not shown: they would stand in the middle of the reply, ^C too. What is typed is not lost."""
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
     starts = [0]
     for (sequence, count), rows in zip(schedule.work, wanted, strict=True):
         begin, shift = sequence.computed, starts[-1] - sequence.computed
-        token_ids += sequence.tokens[begin : begin + count]
+        known = sequence.tokens[begin : begin + count]
+        token_ids += known + sequence.draft[: count - len(known)]
         positions += range(begin, begin + count)
         logit_rows += range(rows.start + shift, rows.stop + shift)
         starts.append(starts[-1] + count)

@@ -15,8 +15,8 @@ class Suspects:
 
     def accuse(self, schedule: Schedule) -> None:
         """To be called before the step is undone."""
-        for sequence, count in schedule.work:
-            self._marks.setdefault(sequence.request, []).append((sequence, sequence.computed + count))
+        for sequence, _ in schedule.work:
+            self._marks.setdefault(sequence.request, []).append((sequence, sequence.computed))
 
     def next(self) -> Request | None:
         """The one to be computed alone; None once each has ended or has come past the place where the step failed."""

@@ -97,6 +97,10 @@ class Pages:
             table.end, table.own = max(table.end, -(-end // size) * size), True
         return copies
 
+    def fits(self, spans: Sequence[tuple[PageTable, int, int]], spare: int) -> bool:
+        """Whether these positions could be granted now and `spare` pages of each kind were left."""
+        return all(self._needed(kind, spans) + spare <= pool.available for kind, pool in enumerate(self.pools))
+
     def publish(self, table: PageTable, keys: Sequence[bytes]) -> None:
         """keys: one for each page, from the beginning, whose positions are all computed. Those that no later page
         has overwritten can be found by their keys from now on."""

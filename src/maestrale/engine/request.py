@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from maestrale.engine.lookup import LookUp
 from maestrale.engine.pages import PageTable
 from maestrale.errors import MaestraleError
 from maestrale.sampling.beam import BeamSearch
@@ -63,7 +64,8 @@ class Sequence:
 
     tokens: all known ids. computed: how many of them stand in the cache. A sequence has nothing else to do than to
     let `computed` catch up with the known ones; when it has, the last row of logits gives the next token.
-    keys: what its pages, so far as they were asked for, are found by (prefix.py).
+    keys: what its pages, so far as they were asked for, are found by (prefix.py). draft: tokens that may come next
+    (speculation.py), which only the next step knows of.
     """
 
     def __init__(self, request: Request, index: int, tokens: Items[int]):
@@ -71,6 +73,8 @@ class Sequence:
         self.tokens = list(tokens)
         self.computed = 0
         self.keys: list[bytes] = []
+        self.draft: list[int] = []
+        self.lookup: LookUp | None = None
         self.table: PageTable | None = None
         self.completion = Completion(index=index)
         self.decoder: StreamDecoder | None = None
@@ -142,6 +146,13 @@ class Request:
         """Tokens of its longest sequence that are computed; when it has finished, all that it could have had."""
         return max((sequence.computed for sequence in self.sequences), default=self.length_limit)
 
+    def forget_drafts(self) -> bool:
+        """Whether there were any."""
+        drafted = [sequence for sequence in self.sequences if sequence.draft]
+        for sequence in drafted:
+            sequence.draft = []
+        return bool(drafted)
+
     def takes(self, budget: int) -> list[tuple[Sequence, int]]:
         """Which of its sequences would compute how many tokens if `budget` tokens were left in this step."""
         pending = [sequence.pending for sequence in self.sequences]
@@ -150,7 +161,7 @@ class Request:
         held_back = 1 if together and (sum(pending) > budget or max(pending) > self.chunk) else 0
         taken = []
         for sequence in self.sequences:
-            count = min(sequence.pending - held_back, budget, self.chunk)
+            count = min(sequence.pending + len(sequence.draft) - held_back, budget, self.chunk)
             if count > 0:
                 taken.append((sequence, count))
                 budget -= count

@@ -10,6 +10,7 @@ them again while nobody has taken them.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from maestrale.engine.pages import Copy, Pages
@@ -39,31 +40,39 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def remove(self, request: Request) -> None:
-        """Forget a request, wherever it is; its pages are free again."""
-        self._release(request)
-        (self.running if request in self.running else self.waiting).remove(request)
+    def end(self, request: Request) -> None:
+        """Ends a request, wherever it is; its pages are free at once. Harmless where it has ended already."""
+        if not request.finished:
+            self._release(request)
+            (self.running if request in self.running else self.waiting).remove(request)
+            request.sequences = []
 
-    def schedule(self) -> Schedule:
+    def schedule(self, depth: int = 1, under_way: Set[Request] = frozenset()) -> Schedule:
+        """depth: how many steps share the requests, each a part of them. under_way: those that another step computes:
+        they keep their pages, and go on where they have more tokens that are known."""
         step, budget = Schedule(), self.max_batch_tokens
         scheduled: set[Request] = set()
+        share = -(-min(len(self.running) + len(self.waiting), self.max_sequences) // depth)
         short = False
         decoding_first = sorted(self.running, key=lambda r: any(s.pending > 1 for s in r.sequences))
         for request in decoding_first:
             self.prefixes.found += self.prefixes.look_up(request)  # what others have computed since
-            while budget and request in self.running and (work := request.takes(budget)):
+            while budget and share and request in self.running and (work := request.takes(budget)):
                 if self._grant(work, step):
                     scheduled.add(request)
                     budget -= sum(count for _, count in work)
+                    share -= 1
                     break
+                if request.forget_drafts():
+                    continue
                 short = True
                 later = self.running[self.running.index(request) :]
-                victim = next((r for r in reversed(later) if r not in scheduled), None)
-                if victim is None or (victim is request and scheduled):
+                victim = next((r for r in reversed(later) if r not in scheduled and r not in under_way), None)
+                if victim is None or (victim is request and (scheduled or under_way)):
                     break  # it keeps its pages and waits for those that run in this step
                 self._preempt(victim)
         if not short:  # else newcomers would take the pages that a victim gave up, or that a running request waits for
-            self._admit(step, budget)
+            self._admit(step, budget, share)
         return step
 
     def schedule_alone(self, request: Request) -> Schedule:
@@ -84,14 +93,15 @@ class Scheduler:
         for request in reversed(list(dict.fromkeys(sequence.request for sequence, _ in schedule.work))):
             self._preempt(request)
 
-    def _admit(self, step: Schedule, budget: int) -> None:
+    def _admit(self, step: Schedule, budget: int, share: int) -> None:
         places = self.max_sequences - sum(request.width for request in self.running)
-        while self.waiting and budget > 0 and (self.waiting[0].width <= places or not self.running):
+        while self.waiting and budget > 0 and share > 0 and (self.waiting[0].width <= places or not self.running):
             request = self.waiting[0]
             if not (taken := self._start(request, step, budget)):
                 break
             budget -= taken
             places -= request.width
+            share -= 1
 
     def _start(self, request: Request, step: Schedule, budget: int) -> int:
         """Lets a request that waits run, with a part in this step: how many tokens; 0 where that cannot be now."""
@@ -99,7 +109,7 @@ class Scheduler:
             sequence.table = self.pages.new_table()
         found = self.prefixes.look_up(request)
         work = request.takes(budget)
-        if not work or not self._grant(work, step):
+        if not work or not self._has_room(request) or not self._grant(work, step):
             self._release(request)
             return 0
         self.waiting.remove(request)
@@ -107,6 +117,15 @@ class Scheduler:
         self.prefixes.asked += sum(len(sequence.tokens) for sequence in request.sequences)
         self.prefixes.found += found
         return sum(count for _, count in work)
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether all that a request knows fits, and a page more for each sequence that runs: else it, or they, would
+        soon be preempted and compute again."""
+        if not self.running:
+            return True
+        growth = sum(len(other.sequences) for other in self.running) + len(request.sequences)
+        whole = [(s.table, s.computed, len(s.tokens)) for s in request.sequences if s.table is not None]
+        return self.pages.fits(whole, growth)
 
     def _grant(self, work: list[tuple[Sequence, int]], step: Schedule) -> bool:
         spans = [(s.table, s.computed, s.computed + count) for s, count in work if s.table is not None]
@@ -127,4 +146,4 @@ class Scheduler:
         for sequence in request.sequences:
             if sequence.table is not None:
                 self.pages.release(sequence.table)
-            sequence.table, sequence.computed = None, 0
+            sequence.table, sequence.computed, sequence.draft = None, 0, []

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from maestrale.errors import RequestError, UsageError
 from maestrale.sampling.constraint import Constraint
+from maestrale.sampling.policy import Allowed
 from maestrale.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _ANY_TEXT = r"/(.|\n)*/"
 class Matcher:
     """One completion's way through a constraint. `allowed` are the tokens that may come next, `consume` goes on by one.
 
+    The end of sequence is among them where the text is complete.
     finished: the text is complete and nothing can be added to it. calls_begun: a tool call has begun.
     """
 
@@ -45,11 +47,6 @@ class Matcher:
         self._calls_id = vocabulary.controls.get("[TOOL_CALLS]") if constraint.calls else None
         self.calls_begun = False
         self._look(first)
-
-    @property
-    def allowed(self) -> NDArray[np.bool_]:
-        """Bool [vocab]. The end of sequence is among them where the text is complete."""
-        return np.unpackbits(self._bits, count=self._size, bitorder="little").view(np.bool_)
 
     def consume(self, token: int) -> None:
         """Go on by a token that was allowed. RequestError where the constraint leads nowhere or gets too complex."""
@@ -65,12 +62,13 @@ class Matcher:
 
     def _look(self, first: NDArray[np.uint8] | None = None) -> None:
         """What may come next. It is asked at once, so that an end is known when the last token is, not a step later."""
-        self._bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: -(-self._size // 8)]
-        if first is not None:
-            self._bits = self._bits & first
-        if self._matcher.is_error() or not self._bits.any():
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: -(-self._size // 8)]
+        bits = bits if first is None else bits & first
+        filled = np.count_nonzero(bits)
+        if self._matcher.is_error() or not filled:
             raise _wrong(self._constraint, self._matcher.get_error())
-        only_eos = np.count_nonzero(self._bits) == 1 and self._bits[self._eos_id >> 3] == 1 << (self._eos_id & 7)
+        self.allowed = Allowed(bits, self._size)
+        only_eos = filled == 1 and bits[self._eos_id >> 3] == 1 << (self._eos_id & 7)
         self.finished = bool(only_eos) and self._matcher.is_accepting()
 
 
@@ -107,17 +105,17 @@ class Grammars:
     def _compile(self, constraint: Constraint, drops_space: bool) -> Matcher:
         from llguidance import LLMatcher, LLParserLimits
 
-        if (
-            constraint.calls and constraint.kind and not constraint.must_call
-        ):  # an error in the text's part is told as its own
-            self._compile(Constraint(constraint.kind, constraint.text, param="response_format"), drops_space)
+        holds_text = constraint.kind is not None and not constraint.must_call
+        if holds_text and (drops_space or constraint.calls):  # the text's own faults are told first, and as its own
+            param = "response_format" if constraint.calls else constraint.param
+            self._compile(Constraint(constraint.kind, constraint.text, param=param), False)
         grammar = json.dumps({"grammars": _grammars(constraint, drops_space)})
         limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False)
         matcher = LLMatcher(self._trie, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise _wrong(constraint, matcher.get_error())
-        drops = drops_space and constraint.kind is not None and not constraint.must_call
-        return Matcher(matcher, constraint, self._vocabulary, _first(self._vocabulary) if drops else None)
+        first = _first(self._vocabulary) if drops_space and holds_text else None
+        return Matcher(matcher, constraint, self._vocabulary, first)
 
 
 def _grammars(constraint: Constraint, drops_space: bool) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ MAX_STOPS = 16
 MAX_STOP_LENGTH = 1000  # characters
 
 # name → (kind, whether None is allowed, lowest, highest), both ends allowed
-_RANGES: dict[str, tuple[type, bool, int, int]] = {
+_RANGES: dict[str, tuple[type, bool, float, float]] = {
     "max_tokens": (int, False, 0, 2**31 - 1),
     "temperature": (float, False, 0, 2),
     "top_k": (int, False, 0, 2**31 - 1),
@@ -26,16 +26,16 @@ _RANGES: dict[str, tuple[type, bool, int, int]] = {
     "prompt_logprobs": (int, True, 0, 20),
     "presence_penalty": (float, False, -2, 2),
     "frequency_penalty": (float, False, -2, 2),
-    "repetition_penalty": (float, False, 0, 10),
+    "repetition_penalty": (float, False, 0.01, 10),
     "min_tokens": (int, False, 0, 2**31 - 1),
     "beam_width": (int, False, 1, 4096),
     "length_penalty": (float, False, -10, 10),
 }
-_ABOVE_ZERO = ("top_p", "repetition_penalty")
+_ABOVE_ZERO = ("top_p",)
 _BIAS_LIMIT = 100
 
 
-def limits(name: str) -> tuple[int, int]:
+def limits(name: str) -> tuple[float, float]:
     """The lowest and the highest value of a field that is a number."""
     return _RANGES[name][2:]
 
@@ -53,7 +53,8 @@ class SamplingParams:
     n: how many continuations, 1 to 128.
     experts: also say which experts of a mixture gave each token.
     logprobs, prompt_logprobs: None = none; k = the token's own and the k likeliest, 0 to 20.
-    presence_penalty, frequency_penalty: -2 to 2, over generated tokens. repetition_penalty: (0, 10], prompt included.
+    presence_penalty, frequency_penalty: -2 to 2, over generated tokens.
+    repetition_penalty: 0.01 to 10, prompt included.
     logit_bias: token id → number added to its logit, -100 to 100.
     min_tokens: no end of sequence before so many tokens. ignore_eos: go on after an end of sequence.
     beam_width: 1 to 4096, at most the tokens of a step. Above 1, beam search is used: it is deterministic and takes
@@ -119,7 +120,7 @@ class SamplingParams:
                 )
 
 
-def _number(param: str, name: str, value: Any, kind: type, low: int, high: int, above_low: bool = False) -> Any:
+def _number(param: str, name: str, value: Any, kind: type, low: float, high: float, above_low: bool = False) -> Any:
     wanted: Any = Integral if kind is int else Real
     fits = isinstance(value, wanted) and not isinstance(value, bool) and low <= value <= high
     number = kind(value) if fits else low

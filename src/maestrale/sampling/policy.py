@@ -2,11 +2,12 @@
 
 1. The row of raw logits. What is reported as a token's logprob is the natural-log softmax of this row, so it does
    not depend on any parameter (`token_logprob`). NaN or +inf refuses the request; -inf is a token that cannot come.
-2. Tokens that a constraint does not allow are -inf. Then `logit_bias` is added.
+2. `logit_bias` is added.
 3. Penalties. Repetition, over every token of the prompt and of the generated text: a positive logit is divided by
    it, a negative one multiplied (Keskar et al. 2019, section 4.1, in the form that leaves the sign alone). Then
    presence (once) and frequency (once for each time), over generated tokens only, are subtracted.
-4. End-of-sequence ids are -inf while fewer than `min_tokens` tokens have been generated.
+4. End-of-sequence ids are -inf while fewer than `min_tokens` tokens have been generated, and always so are tokens that
+   a constraint does not allow. (A greedy token that it does allow needs no mask.)
 5. Temperature 0: the largest logit, the lowest id on ties. Else the logits are divided by the temperature.
 6. top-k: exactly the k largest stay, the lowest ids on ties.
 7. top-p, over the survivors renormalised: in falling order, a token goes if the mass before it is over top_p.
@@ -46,6 +47,26 @@ class History:
         self.counts[token] += 1
 
 
+class Allowed:
+    """The tokens of a vocabulary of `size` that may come next. bits: uint8, a bit for each, the lowest first."""
+
+    def __init__(self, bits: NDArray[np.uint8], size: int):
+        self.bits, self.size = bits, size
+
+    def __contains__(self, token: int) -> bool:
+        return bool(self.bits[token >> 3] >> (token & 7) & 1)
+
+    def ids(self) -> NDArray[np.int64]:
+        return np.flatnonzero(self._flags())
+
+    def hold(self, x: NDArray) -> NDArray:
+        """Logits [vocab] → -inf where not allowed; NaN stays. By arithmetic: np.where takes ten times as long."""
+        return np.minimum(x, (self._flags() - np.float32(0.5)) * np.float32(np.inf))
+
+    def _flags(self) -> NDArray[np.uint8]:
+        return np.unpackbits(self.bits, count=self.size, bitorder="little")
+
+
 def history_for(params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> History | None:
     """A History where `params` has a penalty on, else None: what `sample` takes."""
     return History(prompt_ids, vocab_size) if _penalises(params) else None
@@ -59,17 +80,17 @@ def sample(
     index: int,
     eos_ids: Iterable[int] = (),
     history: History | None = None,
-    allowed: NDArray[np.bool_] | None = None,
+    allowed: Allowed | None = None,
 ) -> int:
     """The next token of one sequence, from its row of logits.
 
     logits: float32 [vocab], left as it is. seed: the request's, or one the engine chose where `params.seed` is None.
     sample_index: which of the request's n. index: how many tokens this sample has generated so far.
     eos_ids: ids that `min_tokens` holds back. history: from `history_for`, needed where a penalty is on.
-    allowed: bool [vocab], the tokens that a constraint allows; None where there is none.
+    allowed: the tokens that a constraint allows; None where there is none.
     Raises RequestError where the logits hold NaN or +inf, or where no token is possible.
     """
-    x: NDArray = logits if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
+    x: NDArray = logits
     if params.logit_bias:
         x = x.astype(np.float64)
         for token, bias in params.logit_bias.items():
@@ -82,6 +103,9 @@ def sample(
         x = x.astype(np.float64)
         x[list(eos_ids)] = -np.inf
     best = int(x.argmax())
+    if allowed is not None and (params.temperature != 0 or best not in allowed):
+        x = allowed.hold(x)
+        best = int(x.argmax())
     _check_peak(x[best])
     return best if params.temperature == 0 else _draw(x, float(x[best]), params, uniform(seed, sample_index, index))
 

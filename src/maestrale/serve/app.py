@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Scope
 from maestrale.serve.chat import chat
 from maestrale.serve.completions import completions
 from maestrale.serve.context import Context
+from maestrale.serve.embeddings import embeddings
 from maestrale.serve.fim import fill_in
 from maestrale.serve.middleware import Front, Guard, Limits
 from maestrale.serve.models import model, models
@@ -23,6 +24,7 @@ ROUTES = [
     ("POST", "/v1/chat/completions", chat),
     ("POST", "/v1/completions", completions),
     ("POST", "/v1/fim/completions", fill_in),
+    ("POST", "/v1/embeddings", embeddings),
     ("GET", "/v1/models", models),
     ("GET", "/v1/models/{id:path}", model),
     ("POST", "/tokenize", tokenize),

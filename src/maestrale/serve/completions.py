@@ -15,18 +15,18 @@ from maestrale.llm import Completion
 from maestrale.serve import view
 from maestrale.serve.answers import PING, EventStream, event, ignored_header, read_body, while_connected
 from maestrale.serve.context import Context
+from maestrale.serve.job import Job, Work
 from maestrale.serve.logprobs import Columns
 from maestrale.serve.protocol import CompletionRequest
-from maestrale.serve.service import Job, Work
 from maestrale.serve.usage import usage
 
 
 async def completions(context: Context, request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
-    return await while_connected(request.receive, _complete(context, body))
+    return await while_connected(request.receive, _complete(context, body, request.scope["tenant"]))
 
 
-async def _complete(context: Context, body: CompletionRequest) -> Response:
+async def _complete(context: Context, body: CompletionRequest, tenant: str) -> Response:
     model, params, prompts = context.require_model(body.model), body.completion_params(), body.prompts()
     encoded = await context.in_worker(lambda: [_ids(context, prompt) for prompt in prompts])
     for ids in encoded:
@@ -38,7 +38,7 @@ async def _complete(context: Context, body: CompletionRequest) -> Response:
         "model": model,
     }
     async with AsyncExitStack() as stack:
-        work = [Work(ids, params) for ids in encoded]
+        work = [Work(ids, params, False, context.models[model], tenant) for ids in encoded]
         job = await stack.enter_async_context(context.service.job(work, streaming=bool(body.stream)))
         choices = await context.in_worker(_Choices, context, body, prompts, encoded)
         if body.stream:

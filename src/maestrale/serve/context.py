@@ -31,12 +31,19 @@ class Context:
         """For long texts: tokenizing, formatting."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, lambda: function(*args, **kwargs))
 
+    @property
+    def models(self) -> dict[str, str | None]:
+        """Every name that a request may ask for, with the adapter that it stands for: None is the model alone."""
+        return {self.settings.name: None} | {name: name for name in self.settings.adapters}
+
     def require_model(self, name: str | None) -> str:
-        """The model's name; ApiError 404 where another is asked for. None is the only one."""
-        if name not in (None, self.settings.name):
-            message = f"model {name[:100]!r} is not served here: expected {self.settings.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
-        return self.settings.name
+        """The name of what is asked for; None is the model alone. ApiError 404 for one that is not served."""
+        if name is not None and name not in self.models:
+            known = ", ".join(map(repr, self.models))
+            raise ApiError(
+                404, f"model {name[:100]!r} is not served here: expected {known}", "model", "model_not_found"
+            )
+        return name or self.settings.name
 
     def require_room(self, ids: Sequence[int], params: SamplingParams, param: str) -> None:
         """ApiError 400 where a prompt leaves the context no room for an answer; nothing is ever cut off."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from maestrale.serve.service import Job, Piece
+    from maestrale.serve.job import Job, Piece
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -24,7 +24,6 @@ class Metrics:
         )
         self.prompt_tokens = Counter("maestrale_prompt_tokens", "Tokens of prompts begun.", registry=self.registry)
         self.tokens = Counter("maestrale_generated_tokens", "Tokens generated.", registry=self.registry)
-        self.failed_steps = Counter("maestrale_failed_steps", "Engine steps that broke off.", registry=self.registry)
         self.first = self._histogram("maestrale_time_to_first_token_seconds", "From the request to its first token.")
         self.between = self._histogram("maestrale_inter_token_seconds", "Between two steps that gave it tokens.")
         self.whole = self._histogram("maestrale_request_seconds", "From the request to its last token.")

@@ -77,12 +77,14 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = scope["headers"]
+        scope["tenant"] = ""
         if self.keys and scope["raw_path"].decode("latin-1") not in OPEN:
-            scope["api_key"] = self._key(headers)
+            scope["tenant"] = self._tenant(headers)
         self._check_host([value for name, value in headers if name == b"host"])
         await self.app(scope, receive, send)
 
-    def _key(self, headers: list[tuple[bytes, bytes]]) -> bytes:
+    def _tenant(self, headers: list[tuple[bytes, bytes]]) -> str:
+        """Which of the keys the request bears."""
         given = b"".join(value for name, value in headers if name == b"authorization")
         scheme, _, value = given.partition(b" ")
         if scheme.lower() == b"basic":  # a browser's way: any name, the key as password
@@ -92,11 +94,12 @@ class Guard:
                 value = b""
         elif scheme.lower() != b"bearer":
             value = b""
-        found = [key for key in self.keys if hmac.compare_digest(key, value.strip())]  # all of them, always
+        value = value.strip()
+        found = [i for i, key in enumerate(self.keys) if hmac.compare_digest(key, value)]  # all of them, always
         if not found:
             hint = "send  Authorization: Bearer KEY" if not given else "this key is not known"
             raise ApiError(401, f"no access: {hint}", code="invalid_api_key")
-        return found[0]
+        return str(found[0])
 
     def _check_host(self, hosts: list[bytes]) -> None:
         if not self.hosts:

@@ -12,16 +12,15 @@ from maestrale.serve.context import Context
 
 
 async def models(context: Context, request: Request) -> Response:
-    return JSONResponse({"object": "list", "data": [_card(context)]})
+    return JSONResponse({"object": "list", "data": [_card(context, name) for name in context.models]})
 
 
 async def model(context: Context, request: Request) -> Response:
-    context.require_model(request.path_params["id"])
-    return JSONResponse(_card(context))
+    return JSONResponse(_card(context, context.require_model(request.path_params["id"])))
 
 
-def _card(context: Context) -> dict[str, Any]:
-    name, tokenizer = context.settings.name, context.llm.tokenizer
+def _card(context: Context, name: str) -> dict[str, Any]:
+    base, tokenizer = context.settings.name, context.llm.tokenizer
     capabilities = {
         "completion_chat": tokenizer.has_chat,
         "completion_fim": tokenizer.has_fim,
@@ -36,7 +35,8 @@ def _card(context: Context) -> dict[str, Any]:
         "created": context.created,
         "owned_by": "maestrale",
         "type": "base",
-        "root": name,
+        "root": base,
+        "parent": None if name == base else base,
         "name": name,
         "capabilities": capabilities,
         "max_model_len": context.llm.max_len,

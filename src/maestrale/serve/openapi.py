@@ -17,6 +17,7 @@ _BODIES: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (protocol.ChatRequest, "The assistant's answer to a chat."),
     "/v1/completions": (protocol.CompletionRequest, "Continuations of one prompt or many."),
     "/v1/fim/completions": (protocol.FimRequest, "What stands between a prompt and a suffix."),
+    "/v1/embeddings": (protocol.EmbeddingsRequest, "The mean of each text's last hidden states."),
     "/tokenize": (protocol.TokenizeRequest, "Token ids of a text or a chat."),
     "/detokenize": (protocol.DetokenizeRequest, "The text of token ids."),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -23,21 +24,25 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {"x-should-retry": "false" if self.retry_after is None else "true"}
+        headers = self.headers | {"x-should-retry": "false" if self.retry_after is None else "true"}
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
+        answer = JSONResponse(self.body(), self.status, headers)
         if self.status == 401:
-            headers["www-authenticate"] = 'Bearer, Basic realm="maestrale"'
-        return JSONResponse(self.body(), self.status, headers)
+            for scheme in ("Bearer", "Basic"):  # a line each: Chromium reads only the first scheme of a line
+                answer.headers.append("www-authenticate", f'{scheme} realm="maestrale"')
+        return answer
 
 
 def bad_request(message: str, param: str | None, code: str | None = None) -> ApiError:
@@ -55,5 +60,5 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, MemoryLimitError):
         return ApiError(500, str(error), code="out_of_memory")
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, _PHRASES.get(error.status_code, error.detail))
+        return ApiError(error.status_code, _PHRASES.get(error.status_code, error.detail), headers=error.headers)
     return ApiError(500, "an internal error; the server's log has it under this answer's x-request-id")

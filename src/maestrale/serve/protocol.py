@@ -17,6 +17,13 @@ _SAME = (
     *("temperature", "top_p", "min_p", "n", "stop", "min_tokens", "ignore_eos"),
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
 )
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object that has these properties, perhaps among others."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
 _ROLES = ["system", "developer", "user", "assistant", "tool"]
 _TEXT_PARTS = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}}}
 # What a message is, read_messages (text/chat.py) says; this is its description.
@@ -33,6 +40,18 @@ Message = Annotated[
         }
     ),
 ]
+# Likewise the parts of a chat that text/tools.py and serve/tools.py read.
+Tool = Annotated[Any, WithJsonSchema(_object(type={"const": "function"}, function=_object(name={"type": "string"})))]
+_CHOICES = {"enum": ["auto", "none", "required", None]}
+_NAMED = _object(type={"const": "function"}, function=_object(name={"type": "string"}))
+ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [_CHOICES, _NAMED]})]
+_FORMATS = [
+    *({"type": "null"}, _object(type={"enum": ["text", "json_object"]})),
+    _object(type={"const": "json_schema"}, json_schema=_object(schema={"type": "object"})),
+    _object(type={"const": "regex"}, regex={"type": "string"}),
+    _object(type={"const": "grammar"}, grammar={"type": "string"}),
+]
+ResponseFormat = Annotated[Any, WithJsonSchema({"anyOf": _FORMATS})]
 
 
 def _ranged(name: str) -> Any:
@@ -67,7 +86,7 @@ class Sampling(Body):
     stop: str | list[str] | None = Field(None, json_schema_extra={"maxLength": MAX_STOP_LENGTH, "maxItems": MAX_STOPS})
     presence_penalty: float | None = _ranged("presence_penalty")
     frequency_penalty: float | None = _ranged("frequency_penalty")
-    repetition_penalty: float | None = Field(None, json_schema_extra={"exclusiveMinimum": 0, "maximum": 10})
+    repetition_penalty: float | None = _ranged("repetition_penalty")
     logit_bias: dict[str, float] | None = Field(None, description="token id → -100 to 100")
     min_tokens: int | None = Field(None, json_schema_extra={"minimum": 0})
     ignore_eos: bool | None = None
@@ -104,9 +123,10 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
     logprobs: bool | None = None
     top_logprobs: int | None = _ranged("logprobs")
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: Any = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat = None
 
     def _max_tokens(self, default: int | None) -> int:
         newer = self.max_completion_tokens
@@ -117,10 +137,6 @@ class ChatRequest(Sampling):
     def chat_params(self) -> SamplingParams:
         if self.top_logprobs is not None and not self.logprobs:
             raise bad_request("top_logprobs: only with logprobs = true", "top_logprobs")
-        if self.tools or self.tool_choice not in (None, "none", "auto"):
-            raise bad_request("tools are not served yet", "tools" if self.tools else "tool_choice")
-        if self.response_format not in (None, {"type": "text"}):
-            raise bad_request("response_format: only text is served yet", "response_format")
         _at_most("top_logprobs", self.top_logprobs, *limits("logprobs"))
         return self.params(None, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
@@ -134,10 +150,7 @@ class CompletionRequest(Sampling):
 
     def prompts(self) -> list[str | list[int]]:
         """One text or list of token ids for each prompt."""
-        one = isinstance(self.prompt, str) or (len(self.prompt) > 0 and isinstance(self.prompt[0], int))
-        prompts: Any = [self.prompt] if one else self.prompt
-        if not prompts:
-            raise bad_request("prompt: an empty list", "prompt")
+        prompts = _one_or_many("prompt", self.prompt)
         if len(prompts) * max(self.n or 1, 1) > MAX_PROMPTS:
             raise bad_request(f"{len(prompts)} prompts, n = {self.n or 1}: at most {MAX_PROMPTS} answers", "prompt")
         return prompts
@@ -161,8 +174,15 @@ class EmbeddingsRequest(Body):
     input: str | list[str] | list[int] | list[list[int]]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = None
+    dimensions: int | None = Field(None, json_schema_extra={"minimum": 1})
     user: str | None = None
+
+    def texts(self) -> list[str | list[int]]:
+        """One text or list of token ids for each vector."""
+        texts = _one_or_many("input", self.input)
+        if len(texts) > MAX_PROMPTS:
+            raise bad_request(f"input: {len(texts)} texts, at most {MAX_PROMPTS}", "input")
+        return texts
 
 
 class TokenizeRequest(Body):
@@ -178,6 +198,12 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[int]
+
+
+def _one_or_many(name: str, given: Any) -> list[str | list[int]]:
+    if not given and not isinstance(given, str):
+        raise bad_request(f"{name}: an empty list", name)
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 def _positive(name: str, value: int | None, default: int | None) -> int:

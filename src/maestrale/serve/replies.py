@@ -15,31 +15,34 @@ from maestrale.llm import Completion
 from maestrale.serve import view
 from maestrale.serve.answers import PING, EventStream, event, ignored_header
 from maestrale.serve.context import Context
+from maestrale.serve.job import Job, Work
 from maestrale.serve.logprobs import chat_logprobs
 from maestrale.serve.problems import bad_request
 from maestrale.serve.protocol import Sampling
-from maestrale.serve.service import Job, Work
+from maestrale.serve.tools import Answers, call_delta, call_json
 from maestrale.serve.usage import usage
 
 
-async def answer(context: Context, body: Sampling, work: Work, param: str) -> Response:
-    """The reply to one prompt. param: the field that the prompt was made of, to be named where it is refused."""
+async def answer(context: Context, body: Sampling, work: Work, param: str, calls: bool = False) -> Response:
+    """The reply to one prompt. param: the field that the prompt was made of, to be named where it is refused.
+    calls: whether there may be calls of tools in it."""
     context.require_room(work.ids, work.params, param)
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": context.require_model(body.model),
     }
+    answers = Answers(context.llm.tokenizer, str(head["id"]), calls)
     async with AsyncExitStack() as stack:
         try:
             job = await stack.enter_async_context(context.service.job([work], streaming=bool(body.stream)))
         except RequestError as error:
             raise bad_request(str(error), param if error.param == "prompt" else error.param) from None
         if body.stream:
-            chunks = _chunks(context, body, job, head | {"object": "chat.completion.chunk"}, stack.pop_all())
+            chunks = _chunks(context, body, job, answers, head | {"object": "chat.completion.chunk"}, stack.pop_all())
             return EventStream(chunks, ignored_header(body))
         (completions,) = await job.completions()
-        choices = await context.in_worker(lambda: [_choice(context, body, completion) for completion in completions])
+        choices = await context.in_worker(lambda: [_choice(context, body, answers, each) for each in completions])
         whole = head | {
             "object": "chat.completion",
             "choices": choices,
@@ -50,17 +53,26 @@ async def answer(context: Context, body: Sampling, work: Work, param: str) -> Re
     raise AssertionError("an exit stack swallows nothing")
 
 
-def _choice(context: Context, body: Sampling, completion: Completion) -> dict[str, Any]:
+def _choice(context: Context, body: Sampling, answers: Answers, completion: Completion) -> dict[str, Any]:
+    text, calls, reason = answers.split(completion)
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message |= {"content": text or None, "tool_calls": [call_json(call) for call in calls]}
     return {
         "index": completion.index,
-        "message": {"role": "assistant", "content": completion.text, "refusal": None},
+        "message": message,
         "logprobs": chat_logprobs(context.llm.tokenizer, completion),
-        "finish_reason": completion.finish_reason,
+        "finish_reason": reason,
     } | view.experts(body, completion)
 
 
 async def _chunks(
-    context: Context, body: Sampling, job: Job, head: dict[str, Any], held: AsyncExitStack
+    context: Context,
+    body: Sampling,
+    job: Job,
+    answers: Answers,
+    head: dict[str, Any],
+    held: AsyncExitStack,
 ) -> AsyncIterator[bytes]:
     """The events of a streamed reply; `held` lets the job go, however it ends."""
     extra: dict[str, Any] = {"usage": None} if body.with_usage else {}
@@ -79,14 +91,14 @@ async def _chunks(
             for completion in (piece.completion for piece in pieces):
                 tokens += len(completion.token_ids)
                 logprobs = chat_logprobs(context.llm.tokenizer, completion)
-                if completion.text or (logprobs and logprobs["content"]):
-                    written.append(
-                        chunk(
-                            completion.index, {"content": completion.text}, logprobs, **view.experts(body, completion)
-                        )
-                    )
-                if completion.finish_reason is not None:
-                    written.append(chunk(completion.index, {}, None, completion.finish_reason))
+                text, calls, reason = answers.split(completion)
+                delta: dict[str, Any] = {"tool_calls": [call_delta(call) for call in calls]} if calls else {}
+                if text or (not calls and logprobs and logprobs["content"]):
+                    delta["content"] = text
+                if delta:
+                    written.append(chunk(completion.index, delta, logprobs, **view.experts(body, completion)))
+                if reason is not None:
+                    written.append(chunk(completion.index, {}, None, reason))
             if written or not pieces:
                 yield b"".join(written) or PING
         if body.with_usage:

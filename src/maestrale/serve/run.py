@@ -31,7 +31,12 @@ _LAST_WORDS = 5  # seconds for error events to reach their clients after the dra
 
 
 def serve(settings: Settings, open_model: Callable[[], LLM]) -> int:
-    """Serves until a signal; gives the exit code. UsageError where the port is taken, before the model is opened."""
+    """Serves until a signal; gives the exit code. UsageError where the port is taken, before the model is opened.
+
+    Where torchrun or mpirun started several processes, rank 0 serves; the others compute, and do not return.
+    """
+    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
+        open_model()
     with _listen(settings) as listener:
         llm = open_model()
         set_up(settings.log_json)
@@ -101,8 +106,8 @@ class _Server:
         await serving
         service.stop()
         context.close()
-        if not service.alive:
-            return 1
+        if service.death is not None:
+            return getattr(service.death, "exit_code", 1)
         return SIGINT_EXIT if signal.SIGINT in self.signals else 0
 
     def _signalled(self, number: int) -> None:
@@ -153,5 +158,7 @@ def _gauges(context: Context) -> list[tuple[str, str, Callable[[], float]]]:
         ("maestrale_engine_running", "Prompts that are worked on.", lambda: load().running),
         ("maestrale_cache_pages", "Pages of the cache.", lambda: load().pages),
         ("maestrale_cache_pages_free", "Pages that hold nothing needed.", lambda: load().free_pages),
+        ("maestrale_prefix_tokens_asked", "Tokens of prompts begun.", lambda: load().prefix_asked),
+        ("maestrale_prefix_tokens_found", "Those that lay in the cache already.", lambda: load().prefix_found),
         ("maestrale_preemptions", "Prompts that gave up their pages for others.", lambda: load().preemptions),
     ]

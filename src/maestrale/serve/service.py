@@ -10,77 +10,22 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
+from typing import TypeVar
 
-from maestrale.errors import RequestError
-from maestrale.llm import LLM, Completion, Request
-from maestrale.sampling.params import SamplingParams
+from maestrale.errors import DistributedError, RequestError
+from maestrale.llm import LLM, Request
+from maestrale.serve.job import Chore, Job, Piece, Work, settle
 from maestrale.serve.metrics import Metrics
 from maestrale.serve.problems import ApiError, as_api_error
 
+T = TypeVar("T")
+
 log = logging.getLogger("maestrale.serve")
-
-
-@dataclass(frozen=True)
-class Work:
-    """One prompt of a job. reply: the text begins anew, as a chat's answer does."""
-
-    ids: Sequence[int]
-    params: SamplingParams
-    reply: bool = False
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What a step adds to a prompt's continuation; number: which prompt of the job."""
-
-    number: int
-    completion: Completion
-
-
-class Job:
-    """The work of one HTTP request. streaming: whether pieces are wanted as they come, or the whole at the end."""
-
-    def __init__(self, work: Sequence[Work], streaming: bool, accepted: asyncio.Future[None]):
-        self.work, self.streaming, self.accepted = work, streaming, accepted
-        self.began = time.monotonic()
-        self.last: float | None = None  # when its last piece came
-        self.started = self.ended = False
-        self.error: ApiError | None = None
-        self._arrived: list[Piece] = []
-        self._news = asyncio.Event()
-        self._requests: list[Request] = []
-
-    async def pieces(self, patience: float) -> AsyncIterator[list[Piece]]:
-        """All that has arrived since the last time, again and again; [] after `patience` seconds of silence.
-
-        Raises the ApiError that ended the job, after the pieces that came before it.
-        """
-        while self._arrived or not self.ended:
-            if not self._arrived:
-                self._news.clear()
-                try:
-                    async with asyncio.timeout(patience):
-                        await self._news.wait()
-                except TimeoutError:
-                    yield []
-            arrived, self._arrived = self._arrived, []
-            if arrived:
-                yield arrived
-        if self.error is not None:
-            raise self.error
-
-    async def completions(self) -> list[list[Completion]]:
-        """When all is done: for each prompt its n completions, in order. Raises the ApiError that ended the job."""
-        while not self.ended:
-            self._news.clear()
-            await self._news.wait()
-        if self.error is not None:
-            raise self.error
-        return [sorted(request.completions, key=lambda completion: completion.index) for request in self._requests]
 
 
 class Service:
@@ -98,12 +43,14 @@ class Service:
     ):
         self.metrics = metrics
         self.draining = False
-        self.alive = True
+        self.death: BaseException | None = None  # what has ended the engine's thread
         self._llm, self._on_death = llm, on_death
         self._max_queue, self._max_unread, self._timeout = max_queue, max_unread, timeout
         self._jobs: dict[Job, asyncio.TimerHandle] = {}
-        self._commands: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
+        self._commands: SimpleQueue[Callable[[], bool]] = SimpleQueue()  # each says whether to go on
         self._owners: dict[Request, tuple[Job, int]] = {}  # the engine's thread only
+        self._chores: deque[Chore] = deque()  # likewise
+        self._open_chores = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -112,7 +59,7 @@ class Service:
 
     def stop(self) -> None:
         """Ends the thread after the step it is in. Jobs that are open get no more."""
-        self._commands.put(("stop", None))
+        self._commands.put(lambda: False)
         self._thread.join()
 
     @property
@@ -121,7 +68,7 @@ class Service:
 
     @property
     def queued(self) -> int:
-        return sum(not job.started for job in self._jobs)
+        return sum(not job.started for job in self._jobs) + self._open_chores
 
     @asynccontextmanager
     async def job(self, work: Sequence[Work], streaming: bool) -> AsyncIterator[Job]:
@@ -137,13 +84,24 @@ class Service:
         finally:
             self._close(job, "cancelled")
 
+    async def chore(self, work: Iterator[T | None]) -> T:
+        """What `work` gives last; its steps are done in the engine's thread, one between two steps of the engine."""
+        self._require_room()
+        chore = Chore(work, self._loop.create_future())
+        self._open_chores += 1
+        try:
+            self._commands.put(partial(self._add_chore, chore))
+            return await chore.result
+        finally:
+            self._open_chores -= 1
+
     def fail_all(self, error: ApiError) -> None:
         for job in list(self._jobs):
             self._fail(job, error)
 
     # On the loop
 
-    def _submit(self, work: Sequence[Work], streaming: bool) -> Job:
+    def _require_room(self) -> None:
         if self.draining or not self.alive:
             raise ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
         if self.queued >= self._max_queue:
@@ -151,9 +109,12 @@ class Service:
             raise ApiError(
                 429, f"{self.queued} requests are waiting already: try again later", code="queue_full", retry_after=1
             )
+
+    def _submit(self, work: Sequence[Work], streaming: bool) -> Job:
+        self._require_room()
         job = Job(work, streaming, self._loop.create_future())
         self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
-        self._commands.put(("submit", job))
+        self._commands.put(partial(self._begin, job))
         return job
 
     def _expire(self, job: Job) -> None:
@@ -171,20 +132,16 @@ class Service:
         job.ended = True
         self._jobs.pop(job).cancel()
         if outcome != "done":
-            self._commands.put(("abort", job))
+            self._commands.put(partial(self._forget, job))
         self.metrics.outcomes.labels(outcome).inc()
         if not job.accepted.done():
             job.accepted.set_exception(job.error) if job.error else job.accepted.cancel()
         job._news.set()
 
     def _accept(self, job: Job, error: RequestError | None) -> None:
-        if job.accepted.done():
-            return
-        if error is None:
-            job.accepted.set_result(None)
-            return
-        job.accepted.set_exception(error)
-        self._close(job, "refused")
+        settle(job.accepted, None, error)
+        if error is not None:
+            self._close(job, "refused")
 
     def _deliver(
         self, when: float, news: list[tuple[Job, list[Piece]]], ends: list[tuple[Job, ApiError | None]]
@@ -206,8 +163,12 @@ class Service:
             elif not job.ended:
                 self._close(job, "done")
 
-    def _died(self) -> None:
-        self.alive = False
+    @property
+    def alive(self) -> bool:
+        return self.death is None
+
+    def _died(self, error: BaseException) -> None:
+        self.death = error
         self.fail_all(ApiError(500, "the engine has stopped", code="engine_stopped"))
         self._on_death()
 
@@ -216,28 +177,32 @@ class Service:
     def _run(self) -> None:
         try:
             while self._obey():
-                self._step()
-        except BaseException:  # a fault of our own: say so, and let the supervisor start anew
+                if self._llm.has_work:
+                    self._step()
+                if self._chores:
+                    self._do_chore(self._chores.popleft())
+        except DistributedError as error:
+            log.critical("%s", error)
+            self._loop.call_soon_threadsafe(self._died, error)
+        except BaseException as error:  # a fault of our own: say so, and let the supervisor start anew
             log.critical("the engine's thread has ended", exc_info=True)
-            self._loop.call_soon_threadsafe(self._died)
+            self._loop.call_soon_threadsafe(self._died, error)
 
     def _obey(self) -> bool:
         """Carries out all commands that are there; waits for one where nothing else is to be done. False: stop."""
-        while not self._commands.empty() or not self._llm.has_work:
-            command, job = self._commands.get()
-            if job is None:
+        while not self._commands.empty() or not (self._llm.has_work or self._chores):
+            command = self._commands.get()
+            if not command():
                 return False
-            if command == "submit":
-                self._begin(job)
-            else:
-                self._forget(job)
         return True
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, job: Job) -> bool:
         problem = None
         try:
             for number, work in enumerate(job.work):
-                request = self._llm.submit(work.ids, work.params, reply=work.reply)
+                request = self._llm.submit(
+                    work.ids, work.params, reply=work.reply, namespace=work.tenant, adapter=work.adapter
+                )
                 job._requests.append(request)
                 self._owners[request] = job, number
         except RequestError as error:
@@ -247,51 +212,60 @@ class Service:
             log.exception("a request could not be begun")
             self._forget(job)
             self._loop.call_soon_threadsafe(self._fail, job, as_api_error(error))
-            return
+            return True
         self._loop.call_soon_threadsafe(self._accept, job, problem)
+        return True
 
-    def _forget(self, job: Job) -> None:
+    def _forget(self, job: Job) -> bool:
         for request in job._requests:
             self._llm.abort(request)
             self._owners.pop(request, None)
+        return True
+
+    def _add_chore(self, chore: Chore) -> bool:
+        self._chores.append(chore)
+        return True
+
+    def _do_chore(self, chore: Chore) -> None:
+        if chore.result.cancelled():
+            return
+        try:
+            found = next(chore.work)
+        except Exception as error:
+            self._loop.call_soon_threadsafe(settle, chore.result, None, as_api_error(error))
+            return
+        if found is None:
+            self._chores.append(chore)
+        else:
+            self._loop.call_soon_threadsafe(settle, chore.result, found, None)
 
     def _step(self) -> None:
-        try:
-            news = self._llm.step()
-        except Exception as error:
-            self._step_failed(error)
-            return
+        """One step of the engine, and its news to the loop. What goes wrong with a request stands in its `error`."""
         by_job: dict[Job, list[Piece]] = {}
-        for request, completion in news:
+        for request, completion in self._llm.step():
             job, number = self._owners[request]
-            if (
-                request.params.prompt_logprobs is not None
-            ):  # complete before the first piece; the engine tells at the end
+            if request.params.prompt_logprobs is not None:  # complete by now; the engine tells them with the last piece
                 completion.prompt_logprobs = request.prompt_logprobs
                 completion.prompt_top_logprobs = request.prompt_top_logprobs
             by_job.setdefault(job, []).append(Piece(number, completion))
-        ends: list[tuple[Job, ApiError | None]] = []
-        for request in [request for request in self._owners if request.finished]:
-            if request not in self._owners:
-                continue  # of a job that has just failed
-            job, _ = self._owners.pop(request)
-            if request.error is not None:
-                log.warning("a request failed in the engine: %s", request.error)
-                self._forget(job)
-                ends.append((job, as_api_error(request.error)))
-            elif all(request.finished for request in job._requests):
-                ends.append((job, None))
+        ends = list(self._endings())
         for request, (job, _) in self._owners.items():
             if not job.started and request.done:
                 job.started = True
         if by_job or ends:
             self._loop.call_soon_threadsafe(self._deliver, time.monotonic(), list(by_job.items()), ends)
 
-    def _step_failed(self, error: Exception) -> None:
-        """The engine has undone the step; those that took part in it, or in one before, fail, the others go on."""
-        log.error("a step failed", exc_info=error)
-        self.metrics.failed_steps.inc()
-        jobs = list({job for job, _ in self._owners.values()})
-        for job in [job for job in jobs if job.started] or jobs:
-            self._forget(job)
-            self._loop.call_soon_threadsafe(self._fail, job, as_api_error(error))
+    def _endings(self) -> Iterator[tuple[Job, ApiError | None]]:
+        """The jobs that have ended, each with what it failed from. DistributedError where the model itself is gone."""
+        for request in [request for request in self._owners if request.finished]:
+            if request not in self._owners:
+                continue  # of a job that has just failed
+            job, _ = self._owners.pop(request)
+            if isinstance(request.error, DistributedError):
+                raise request.error
+            if request.error is not None:
+                log.warning("a request failed in the engine: %s", request.error, exc_info=request.error.__cause__)
+                self._forget(job)
+                yield job, as_api_error(request.error)
+            elif all(request.finished for request in job._requests):
+                yield job, None

@@ -13,7 +13,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Settings:
     """How to serve. Times are in seconds, sizes in bytes.
 
-    name: the model's, in requests and answers. api_keys: any of them opens every route; none leaves all open.
+    name: the model's, in requests and answers. adapters: the names of its adapters, which are models too.
+    api_keys: any of them opens every route; none leaves all open.
     allowed_hosts: names that a Host header may bear; empty is loopback's names on loopback, and all elsewhere.
     cors_origins: origins whose pages may call. max_queue: requests that may wait. max_unread: pieces of an answer
     that may wait for a slow reader. request_timeout: from the request's acceptance to its last token.
@@ -22,6 +23,7 @@ class Settings:
     """
 
     name: str
+    adapters: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
@@ -40,6 +42,8 @@ class Settings:
     log_json: bool = False
 
     def __post_init__(self) -> None:
+        if self.name in self.adapters:
+            raise UsageError(f"name {self.name!r} is the model's and an adapter's: give one of them another")
         if not 0 <= self.port < 1 << 16:
             raise UsageError(f"port = {self.port}: expected 0 to 65535 (0 takes a free one)")
         for name in ("max_queue", "max_unread", "max_body", "max_header"):

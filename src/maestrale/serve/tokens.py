@@ -9,6 +9,7 @@ from maestrale.serve.answers import ignored_header, read_body
 from maestrale.serve.context import Context
 from maestrale.serve.problems import bad_request
 from maestrale.serve.protocol import DetokenizeRequest, TokenizeRequest
+from maestrale.text.tokenizer import Tokenizer
 
 
 async def tokenize(context: Context, request: Request) -> Response:
@@ -19,12 +20,21 @@ async def tokenize(context: Context, request: Request) -> Response:
         raise bad_request("expected either prompt or messages", "prompt")
     if body.messages is not None:
         ids = await context.in_worker(tokenizer.encode_chat, body.messages)
+    elif body.add_special_tokens is False and (named := _named(tokenizer, body.prompt or "")) is not None:
+        ids = [named]
     else:
         ids = await context.in_worker(tokenizer.encode, body.prompt or "", body.add_special_tokens is not False)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": context.llm.max_len}
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.piece(token).decode(errors="replace") for token in ids]
     return JSONResponse(answer, headers=ignored_header(body))
+
+
+def _named(tokenizer: Tokenizer, text: str) -> int | None:
+    """The id of the one token whose name is the whole text, as lm-eval asks for it. Such a name within a text, or in
+    anything that is generated from, is text like any other."""
+    ids = (tokenizer.bos_id, tokenizer.eos_id)
+    return next((token for token in ids if tokenizer.piece(token).decode() == text), None)
 
 
 async def detokenize(context: Context, request: Request) -> Response:

@@ -167,11 +167,11 @@ class CallReader:
         self._held = ""  # read and not yet given: a name, or what a list says before arguments begin
         self._scan: _ObjectEnd | None = None  # inside arguments of a list
 
-    def push(self, token_ids: Sequence[int], text: str) -> tuple[str, list[ToolCall]]:
+    def push(self, token_ids: Sequence[int], text: str, ended: bool = False) -> tuple[str, list[ToolCall]]:
         """A piece of the answer, as the engine gives it → what it adds to the text, and to the calls.
 
         text: what the engine shows for these ids. It counts up to the first call; from there on the ids do, because
-        only they tell where a call begins.
+        only they tell where a call begins. ended: it is the last piece.
         """
         calls: list[ToolCall] = []
         begun, after = bool(self._mark), ""
@@ -185,6 +185,8 @@ class CallReader:
                 (self._read_marked if self._marked else self._read_list)(added, calls)
         if not self._mark:
             return text, calls
+        if ended:  # a character that was cut off shows as U+FFFD at the end of `text`
+            after += self._decoder.finish()
         return "" if begun else text.removesuffix(after), calls
 
     def _pass(self, mark: str, calls: list[ToolCall]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.adapter import Adapter
@@ -13,6 +15,7 @@ from maestrale.checkpoint.reader import Checkpoint
 from maestrale.errors import MemoryLimitError
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
+from maestrale.torch_backend.embed import embed
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
@@ -41,12 +44,21 @@ class TorchRunner:
         tokens_T, positions_T, rows_N = (
             torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
         )
-        if self.adapters is not None:
-            self.adapters.begin(batch, device)
+        self._begin(batch)
         watch = Watch(self.model) if batch.experts and self.model.config.moe else None
         with _memory_errors(), watch or nullcontext():
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
             return StepOutput(logits_NV.cpu().numpy(), watch.experts(rows_N) if watch else None)
+
+    def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
+        """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
+        with _memory_errors():
+            yield from embed(self.model, token_ids, self.cache.kernel, self.layout.max_chunk, self._begin)
+
+    def _begin(self, batch: Batch) -> None:
+        """Before the model runs: whose rows are whose."""
+        if self.adapters is not None:
+            self.adapters.begin(batch, self.cache.device)
 
 
 @contextmanager

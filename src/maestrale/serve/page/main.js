@@ -26,13 +26,12 @@ async function begin() {
     $("model").textContent = "No answer";
     return problem(`The server cannot be asked: ${error.message}. Reload to try again.`);
   }
-  const { layers, experts, experts_per_token: each, windows, context, chats } = card.maestrale;
+  const { layers, experts, experts_per_token: each, windows, context } = card.maestrale;
   $("model").textContent = card.id;
   document.title = `${card.id} · Maestrale`;
-  $("facts").textContent = [
+  $("facts").title = $("facts").textContent = [
     `${layers} layers`, experts && `${experts} experts, ${each} a token`,
     windows.some(Boolean) && `window ${[...new Set(windows.filter(Boolean))].join(", ")}`, `context ${context.toLocaleString("en")}`,
-    !chats && "a story-teller: it goes on with your text",
   ].filter(Boolean).join(" · ");
   view = new View($("view"), card);
   panel(wide.matches ? options.panel : null);
@@ -75,8 +74,8 @@ function render() {
     make("p", { class: "hello", text: talk.form === "text" ? "Begin a story, and the model goes on." : "What would you like to talk about?" }),
     ...STARTS[talk.form].map((start) => make("button", { class: "start", type: "button", text: start, on: { click: () => send(start) } })),
   );
-  $("say").placeholder = talk.form === "text" ? (nodes.length ? "Write on, or leave it empty and let the model go on" : "Once upon a time…") : "Message";
-  $("hint").textContent = "Enter sends, Shift+Enter begins a new line";
+  $("say").placeholder = talk.form === "text" ? (nodes.length ? "Write on, or let the model go on" : "Once upon a time…") : "Message";
+  $("hint").textContent = card.maestrale.chats || talk.form === "chat" ? "Enter sends, Shift+Enter begins a new line" : "This model has not learnt to chat: it goes on with your text.";
   controls();
   $("scroll").scrollTop = $("scroll").scrollHeight;
 }
@@ -123,7 +122,7 @@ function actions(node, last) {
   if (node === writing?.node) return made;
   if (node.role === "assistant") {
     if (last && talk.form === "text") made.push(button("Go on", "Let the model go on", () => send("")));
-    made.push(button(talk.form === "text" ? "Otherwise" : "Regenerate", "Another version of this reply", () => write(talk.nodes[node.parent])));
+    made.push(button(talk.form === "text" ? "Another version" : "Regenerate", "Another version of this reply", () => write(talk.nodes[node.parent])));
     made.push(button("Copy", "Copy this reply", () => navigator.clipboard?.writeText(node.content)));
   }
   if (node.role === "user" && talk.form === "chat") made.push(button("Edit", "Edit this message; what follows becomes another branch", () => edit(node)));
@@ -212,8 +211,10 @@ async function write(parent) {
   };
   try {
     for await (const event of events(route, body, now.abort.signal)) {
-      cache = event.cache ?? cache;
-      node.cache = cache;
+      if (event.cache) {
+        const freed = cache && !event.cache.kinds.some((kind) => kind.held); // its last event comes when its pages are free
+        node.cache = cache = freed ? { ...event.cache, kinds: cache.kinds } : event.cache;
+      }
       for (const choice of event.choices) {
         node.content += choice.text ?? choice.delta.content ?? "";
         for (const token of tokensOf(choice)) {

@@ -2,21 +2,23 @@
 // Every pattern is bounded, so that no message, however odd, costs more than its length.
 
 const SAFE = /^(https?:\/\/|mailto:)/i;
+const DEEP = 8; // of what stands within each other
 const SPAN = 1000; // the longest emphasis or link text, in characters
 
 const INLINE = new RegExp(
   [
-    "(`{1,3})([^\\n]{1,S}?)\\1(?!`)",
-    "\\*\\*(?=\\S)([^]{1,S}?)\\*\\*(?!\\*)",
-    "(?<![\\w])__(?=\\S)([^]{1,S}?)__(?![\\w])",
-    "\\*(?=[^\\s*])([^*]{1,S}?)\\*",
-    "(?<![\\w])_(?=[^\\s_])([^_]{1,S}?)_(?![\\w])",
-    "~~(?=\\S)([^~]{1,S}?)~~",
-    "!?\\[([^\\[\\]]{0,S})\\]\\(\\s{0,4}<?([^()\\s<>]{0,S})>?[^()]{0,200}\\)",
-    "(https?:\\/\\/[^\\s<>()\\[\\]\"'`]{1,S})",
+    "(`{1,3})([^\\n]{1,LONG}?)\\1(?!`)",
+    "\\*\\*(?=\\S)([^]{1,LONG}?)\\*\\*(?!\\*)",
+    "(?<![\\w])__(?=\\S)([^]{1,LONG}?)__(?![\\w])",
+    "\\*(?=[^\\s*])([^*]{1,LONG}?)\\*",
+    "(?<![\\w])_(?=[^\\s_])([^_]{1,LONG}?)_(?![\\w])",
+    "~~(?=\\S)([^~]{1,LONG}?)~~",
+    "!?\\[([^\\[\\]]{0,LONG})\\]\\(\\s{0,4}<?([^()\\s<>]{0,LONG})>?[^()]{0,200}\\)",
+    "<(https?:\\/\\/[^\\s<>]{1,LONG})>",
+    "(https?:\\/\\/[^\\s<>()\\[\\]\"'`]{1,LONG})",
     "\\\\([!-/:-@\\[-`{-~])",
     "( {2,9}\\n|\\\\\\n)",
-  ].join("|").replaceAll("S", String(SPAN)),
+  ].join("|").replaceAll("LONG", String(SPAN)),
   "g",
 );
 
@@ -40,16 +42,17 @@ function link(address, ...children) {
 export function inline(text, depth = 0) {
   const nodes = [];
   let from = 0;
-  if (depth < 8) {
+  if (depth < DEEP) {
     for (const m of text.matchAll(INLINE)) {
       if (m.index > from) nodes.push(text.slice(from, m.index));
       from = m.index + m[0].length;
-      const [, , code, strong, strong2, em, em2, strike, label, target, bare, escaped, newline] = m;
+      const [, , code, strong, strong2, em, em2, strike, label, target, angled, bare, escaped, newline] = m;
       if (code !== undefined) nodes.push(make("code", { text: code.replace(/^ (.*) $/, "$1") }));
       else if (strong ?? strong2) nodes.push(make("strong", {}, ...inline(strong ?? strong2, depth + 1)));
       else if (em ?? em2) nodes.push(make("em", {}, ...inline(em ?? em2, depth + 1)));
       else if (strike) nodes.push(make("del", {}, ...inline(strike, depth + 1)));
       else if (target !== undefined) nodes.push(...link(target, ...inline(label || target, depth + 1)));
+      else if (angled) nodes.push(...link(angled, angled));
       else if (bare) {
         const address = bare.replace(/[.,;:!?]+$/, "");
         nodes.push(...link(address, address), bare.slice(address.length));
@@ -119,8 +122,8 @@ function block(source, depth = 0) {
   const heading = source.match(/^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/);
   if (heading) return make(`h${Math.min(heading[1].length + 2, 6)}`, {}, ...inline(heading[2]));
   if (BREAK.test(source)) return make("hr");
-  if (ITEM.test(lines[0])) return list(lines, depth);
-  if (/^ {0,3}>/.test(lines[0]) && depth < 8) {
+  if (ITEM.test(lines[0]) && depth < DEEP) return list(lines, depth);
+  if (/^ {0,3}>/.test(lines[0]) && depth < DEEP) {
     const inner = lines.map((line) => line.replace(/^ {0,3}> ?/, "")).join("\n");
     return make("blockquote", {}, ...blocks(inner).map((part) => block(part, depth + 1)));
   }
@@ -150,8 +153,7 @@ function list(lines, depth) {
     else items.at(-1).lines.push(line.replace(new RegExp(`^ {0,${Math.max(items.at(-1).indent, 2)}}`), ""));
   }
   for (const { lines: inside } of items) {
-    const parts = depth < 8 ? blocks(inside.join("\n")) : [inside.join("\n")];
-    const nodes = parts.map((part) => block(part, depth + 1));
+    const nodes = blocks(inside.join("\n")).map((part) => block(part, depth + 1));
     if (nodes[0]?.tagName === "P") nodes.splice(0, 1, ...nodes[0].childNodes);
     node.append(make("li", {}, ...nodes));
   }

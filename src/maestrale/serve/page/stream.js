@@ -1,7 +1,10 @@
 // Talking with the server: its model's card, and answers as they come.
 
+// Beside this page, wherever a proxy has put it; without the name and key that the page's own address may bear.
+const at = (path) => new URL(path, location.origin + location.pathname);
+
 export async function card() {
-  const answer = await fetch("v1/models");
+  const answer = await fetch(at("v1/models"));
   if (!answer.ok) throw new Error(await reason(answer));
   return (await answer.json()).data[0];
 }
@@ -16,7 +19,7 @@ async function reason(answer) {
 
 // Yields the events of a streamed completion, as objects, until [DONE]. An error, before or within it, is thrown.
 export async function* events(path, body, signal) {
-  const answer = await fetch(path, {
+  const answer = await fetch(at(path), {
     method: "POST",
     headers: { "content-type": "application/json" },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),

@@ -3,11 +3,12 @@
 import { make } from "./markdown.js";
 
 const percent = (p) => (p >= 0.0995 ? `${Math.round(100 * p)}%` : p >= 0.001 ? `${(100 * p).toFixed(1)}%` : "<0.1%");
+const FULL = 7; // nats of surprise at which the shade is full: one in a thousand
 const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥") || "∅";
 
 export function colour(expert, count) {
   const turn = count <= 12 ? expert / count : (expert * 0.381966) % 1;
-  return `hsl(${Math.round(360 * turn)} 68% ${45 + 17 * (expert % 2)}%)`;
+  return `hsl(${Math.round(360 * turn + 15)} ${58 - 8 * (expert % 2)}% ${44 + 18 * (expert % 2)}%)`;
 }
 
 export class View {
@@ -23,13 +24,12 @@ export class View {
     this.experts = make("section", { class: "experts" }, make("h3", { text: "Experts" }), make("p", { class: "note", text:
       "A column for each token, a row for each layer; above the router’s first choice, below its second." }), this.canvas, this.legend);
     root.replaceChildren(
-      make("section", {}, make("h3", { text: "Tokens" }), make("p", { class: "note" }, "The warmer, the less the model expected it.",
+      make("section", {}, make("h3", { text: "Tokens" }), make("p", { class: "note legend-line" }, "The warmer, the less the model expected it.",
         make("span", { class: "scale", "aria-hidden": "true" })), this.text),
       make("section", { class: "one" }, this.detail),
       this.experts,
       make("section", {}, make("h3", { text: "Memory" }), this.memory),
     );
-    this.experts.hidden = !this.card.experts;
     this.text.addEventListener("pointerover", (event) => this.choose(Number(event.target.dataset?.i ?? -1)));
     this.text.addEventListener("focus", () => this.choose(this.chosen < 0 ? 0 : this.chosen));
     this.text.addEventListener("keydown", (event) => this.key(event));
@@ -46,6 +46,8 @@ export class View {
     this.text.replaceChildren();
     this.detail.replaceChildren();
     this.push(node?.tokens ?? []);
+    this.experts.hidden = !(this.card.experts && this.tokens.length);
+    this.memory.parentElement.hidden = !node?.cache;
     if (!this.tokens.length)
       this.text.replaceChildren(make("p", { class: "note", text: "Tokens of replies written while this page is open appear here." }));
     this.fill(node?.cache);
@@ -55,13 +57,16 @@ export class View {
     if (tokens.length && !this.tokens.length) this.text.replaceChildren();
     for (const token of tokens) {
       const span = make("span", { class: "token", role: "option", id: `token-${this.tokens.length}`, "data-i": this.tokens.length, text: token.text || "·" });
-      span.style.setProperty("--surprise", (1 - Math.exp(token.logprob)) ** 1.5);
+      span.style.setProperty("--surprise", Math.min(1, -token.logprob / FULL));
       if (token.text.includes("\n")) span.classList.add("line-end");
       this.text.append(span);
       this.tokens.push(token);
       for (const layer of token.experts ?? []) for (const expert of layer) this.counts[expert]++;
     }
-    if (tokens.length && this.card.experts) this.draw();
+    if (tokens.length && this.card.experts) {
+      this.experts.hidden = false;
+      this.draw();
+    }
   }
 
   choose(i) {
@@ -80,7 +85,7 @@ export class View {
     }));
     this.detail.replaceChildren(bars);
     if (token.experts)
-      this.detail.append(make("p", { class: "layers" }, ...token.experts.map((layer, i) => make("span", { title: `layer ${i}: experts ${layer.join(" and ")}` },
+      this.detail.append(make("p", { class: "layers" }, make("span", { class: "note", text: "Experts, by layer:" }), ...token.experts.map((layer, i) => make("span", { title: `layer ${i}: experts ${layer.join(" and ")}` },
         make("small", { text: i }), ...layer.map((expert) => chip(expert, this.card.experts))))));
     if (this.card.experts) this.draw();
   }
@@ -96,7 +101,7 @@ export class View {
   // The strip: as many columns as the panel is wide, then further rows of them.
   geometry() {
     const width = this.canvas.parentElement.clientWidth || 320, layers = this.card.layers;
-    const cell = 7, high = Math.max(6, Math.min(16, Math.floor(96 / layers)));
+    const cell = 8, high = Math.max(6, Math.min(16, Math.floor(96 / layers)));
     const columns = Math.max(1, Math.floor(width / cell));
     return { width, layers, cell, high, columns, band: layers * high + 8, rows: Math.ceil(this.tokens.length / columns) };
   }
@@ -118,7 +123,8 @@ export class View {
       const x = (i % columns) * cell, y = Math.floor(i / columns) * band;
       (token.experts ?? []).forEach((layer, l) => layer.slice(0, 2).forEach((expert, k, { length }) => {
         pen.fillStyle = colour(expert, this.card.experts);
-        pen.fillRect(x, y + l * high + (k * (high - 1)) / length, cell - 1, (high - 1) / length);
+        const [from, to] = length === 1 ? [0, 1] : [[0, 0.62], [0.62, 1]][k]; // the first choice weighs more
+        pen.fillRect(x, y + l * high + from * (high - 1), cell - 1, (to - from) * (high - 1));
       }));
       if (i === this.chosen) {
         pen.strokeStyle = getComputedStyle(this.canvas).color;
@@ -135,12 +141,13 @@ export class View {
   // What a stream says of the cache: the tokens of this sequence, and the pages held in all, for each kind of layer.
   fill(cache) {
     if (this.node) this.node.cache = cache;
-    if (!cache) return this.memory.replaceChildren(make("p", { class: "note", text: "Nothing is being written." }));
+    if (!cache) return;
+    this.memory.parentElement.hidden = false;
     const meters = [meter("Context", cache.tokens, this.card.context, "tokens")];
     for (const { window, held, pages } of cache.kinds) {
       if (window) meters.push(meter(`Window of ${window.toLocaleString("en")}`, Math.min(cache.tokens, window), window,
-        cache.tokens > window ? `full: ${(cache.tokens - window).toLocaleString("en")} tokens have rolled out of it` : "tokens"));
-      meters.push(meter(window ? "Its pages, of all sequences" : "Pages, of all sequences", held, pages, "held"));
+        cache.tokens > window ? `· ${(cache.tokens - window).toLocaleString("en")} rolled out` : "tokens"));
+      meters.push(meter(window ? "Its pages, over all sequences" : "Pages, over all sequences", held, pages, "held"));
     }
     this.memory.replaceChildren(...meters);
   }

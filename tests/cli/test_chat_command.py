@@ -5,13 +5,15 @@ import stat
 import time
 
 import pytest
-from byte_models import byte_ids, byte_text
+from byte_models import byte_ids, byte_text, native_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from tiny import MIXTURE, hf_greedy, make_folder
 
+from maestrale.cli.conversation import Chat
 from maestrale.cli.reading import is_open, unfenced
+from maestrale.cli.session import Session
 from maestrale.cli.strip import colour, strip
 from maestrale.cli.writing import finished, harmless, write_markdown
 from maestrale.llm import LLM
@@ -70,6 +72,15 @@ def test_a_form_can_be_forced(command, models, references):
     assert run.out == out(byte_text(hf_greedy(references["dense"], byte_ids("A"), 4)))
 
 
+@pytest.mark.parametrize("verb", [("chat",), ("interactive", "--instruct")])
+def test_an_adapter_is_talked_through_as_if_it_were_merged(command, models, tmp_path, verb):
+    adapter, merged = native_adapter(tmp_path / "adapter"), tmp_path / "merged"
+    command("merge", models["dense"], adapter, merged)
+    ways = ((models["dense"], "--adapter", adapter), (merged,), (models["dense"],))
+    said = [command(*verb, *way, *GREEDY, "--max-tokens", 12, stdin="A fox\nA hen\n").out for way in ways]
+    assert said[0] == said[1] != said[2]
+
+
 @pytest.mark.parametrize(
     ("args", "word"), [(("--form", "song"), "--form song"), (("--form", "text", "--system", "x"), "--system")]
 )
@@ -83,10 +94,11 @@ def test_wrong_options_are_one_line_and_code_2(command, models, args, word):
 
 
 def test_set_changes_what_is_asked_for(command, models, llm):
-    run = command("chat", models["dense"], *GREEDY, stdin="/set max_tokens 7\none\n/set max-tokens 2\none\n")
-    first, second = answers(llm, "one", max_tokens=7), answers(llm, "one", max_tokens=7)
-    assert run.out.startswith("max_tokens = 7\n" + out(*first) + "max_tokens = 2\n")
-    assert len(run.out.splitlines()[-1]) < len(second[0]) or run.out.endswith("\n")
+    lines = "/set max_tokens 7\none\n/clear\n/set max-tokens 2\none\n"
+    run = command("chat", models["dense"], *GREEDY, stdin=lines)
+    (long,), (short,) = answers(llm, "one", max_tokens=7), answers(llm, "one", max_tokens=2)
+    assert run.out == out("max_tokens = 7", long, "max_tokens = 2", short)
+    assert long != short
 
 
 def test_set_alone_shows_the_settings_and_none_takes_one_away(command, models):
@@ -196,6 +208,19 @@ def test_a_file_that_is_no_chat_is_refused_and_nothing_changes(command, models, 
     assert str(path) in run.err
 
 
+def test_a_turn_computes_only_what_is_new(llm, monkeypatch, capsys):
+    computed, step = [], llm._engine.runner.step
+    monkeypatch.setattr(llm._engine.runner, "step", lambda batch: computed.append(len(batch.token_ids)) or step(batch))
+    session = Session(llm, "tiny", Chat(llm.tokenizer), SamplingParams(max_tokens=4, temperature=0))
+    session.reply("a" * 150)
+    first = sum(computed)
+    computed.clear()
+    session.reply("b")
+    assert first > 150
+    # The template's tokens, the reply, the line, and what did not fill a page of the first turn.
+    assert sum(computed) < 40 + llm._engine.runner.layout.page_size
+
+
 def test_show_tells_the_context(command, models, llm):
     run = command("chat", models["dense"], *GREEDY, stdin="one\n/show\n")
     used = len(llm.tokenizer.encode_chat([{"role": "user", "content": "one"}])) + 4
@@ -210,14 +235,13 @@ def test_several_lines_between_quotes_are_one_message(command, models, llm):
 # Pieces of the terminal
 
 
-@given(st.text(alphabet='"a\n ', max_size=12))
-def test_a_text_is_fenced_open_or_neither(text):
-    begins = text.strip().startswith('"""')
-    assert is_open(text) <= begins
-    if not begins:
-        assert unfenced(text) == text
-    elif not is_open(text):
-        assert '"""' + unfenced(text) in text.replace('"""\n', '"""') or "\n" in text
+@given(st.text(alphabet="a \n", max_size=12))
+def test_three_quotes_open_what_three_quotes_close(text):
+    assert not is_open(text)
+    assert is_open(f'"""{text}')
+    assert not is_open(f'"""{text}"""')
+    assert unfenced(f'"""{text}"""') == text.strip("\n")
+    assert unfenced(text) == text
 
 
 BLOCKS = st.sampled_from(
