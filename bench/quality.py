@@ -3,9 +3,10 @@
     python bench/quality.py MODEL --text HELDOUT --calibrate OTHER [--backend torch] [--chars 300000]
 
 MODEL is a folder or a bundled model's name. HELDOUT is a UTF-8 text that the model was not trained on, texts in it
-parted by two empty lines; OTHER is a text of the same kind, not the same text, for the calibrated forms (int4). Perplexity is
-read as `maestrale eval --documents` reads it. Agreement: of 20 pieces of 64 tokens cut evenly from HELDOUT, the share
-of positions where the likeliest next token is the one of the model as it is stored (teacher-forced).
+parted by two empty lines; OTHER is a text of the same kind, not the same text, for the calibrated forms (int4).
+Perplexity is read as `maestrale eval --documents` reads it. Agreement: of 20 pieces of 64 tokens cut evenly from
+HELDOUT, the share of positions where the likeliest next token is the one of the model as it is stored (teacher-
+forced).
 The last line is JSON.
 """
 

@@ -15,7 +15,7 @@ FLOORS = [
     ("text", "checkpoint", "sampling"),
     ("engine",),
     ("torch_backend", "native_backend"),
-    ("launch", "llm"),
+    ("launch", "llm", "reader"),
     ("cli", "serve"),
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

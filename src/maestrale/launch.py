@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from maestrale.batch import CacheLayout, Runner
 from maestrale.checkpoint.adapter import open_adapter
+from maestrale.checkpoint.classifier import read_classifier
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
@@ -59,6 +60,7 @@ class Options:
     expert: int = 1
     timeout: float = 120.0  # seconds, of a rank that should answer
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
+    output: str = "logits"  # or "hidden", what the output layer reads; or "classes", a classifier's scores
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Launched:
     """A model that is ready to run, and on what. tokenizer_error: why there is none, where there is none.
 
     dtype: what it computes in, a safetensors name. tensor_bytes: what each tensor takes in memory, by canonical name.
+    labels: a classifier's, where it is one that runs.
     """
 
     config: ModelConfig
@@ -76,6 +79,7 @@ class Launched:
     device: str
     dtype: str
     tensor_bytes: dict[str, float]
+    labels: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
@@ -111,14 +115,19 @@ def launch(
     link = _link(options)
     if link is not None and options.adapters:
         raise UsageError("adapters do not run over several ranks: merge the adapter into its model first")
+    if link is not None and options.output != "logits":
+        raise UsageError("embeddings and classes are not computed over several ranks: start a single process")
     together = link.agree if link else _alone
     with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
         backend, device = _backend(
-            options if link is None and not options.adapters else replace(options, backend="torch")
+            options
+            if link is None and not options.adapters and options.output == "logits"
+            else replace(options, backend="torch")
         )
         adapters = [open_adapter(place, config) for place in options.adapters.values()]
+        classifier = read_classifier(checkpoint.folder, config) if options.output == "classes" else None
         dtype, weights = _formats(options, backend, checkpoint)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
         tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
@@ -159,7 +168,10 @@ def launch(
             from maestrale.torch_backend.runner import open_runner as open_torch
 
             layout = layout_for(cache_budget(memory, weight_bytes))
-            runner = open_torch(checkpoint, layout, dtype, device, progress, adapters)
+            head = None if classifier is None else classifier.weight
+            runner = open_torch(
+                checkpoint, layout, dtype, device, progress, adapters, hidden=options.output == "hidden", head=head
+            )
     engine = Engine(
         runner,
         config.vocab_size,
@@ -169,7 +181,8 @@ def launch(
         prefix_cache=options.prefix_cache,
         speculate=options.speculate,
     )
-    return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes)
+    labels = () if classifier is None else classifier.labels
+    return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes, labels)
 
 
 def _alone(work: Callable[[], T]) -> T:

@@ -61,6 +61,7 @@ class LLM:
     prefix_cache: keep the pages of what was computed, for prompts that begin alike.
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
     either.
+    output: "logits"; or what Reader, which reads and does not write, asks for: "hidden" or "classes".
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
@@ -88,6 +89,7 @@ class LLM:
         threads: int | None = None,
         prefix_cache: bool = True,
         speculate: bool = True,
+        output: str = "logits",
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
@@ -107,14 +109,21 @@ class LLM:
             expert=expert_parallel,
             timeout=distributed_timeout,
             adapters=adapters or {},
+            output=output,
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
+        self._writes = output == "logits"
         self._news: dict[Request, deque[Completion]] = {}
 
     @property
     def config(self) -> ModelConfig:
         return self._launched.config
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Of a classifier that was opened for its classes."""
+        return self._launched.labels
 
     @property
     def description(self) -> str:
@@ -296,6 +305,8 @@ class LLM:
         reply: bool = False,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
+        if not self._writes and not keep_logits:
+            raise RequestError("this model was opened to read, and does not write: open it with output='logits'")
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(adapters) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")

@@ -21,6 +21,7 @@ from maestrale.cli.chat import chat
 from maestrale.cli.convert import convert
 from maestrale.cli.data import data
 from maestrale.cli.demo import demo
+from maestrale.cli.embed import classify, embed
 from maestrale.cli.evaluate import evaluate
 from maestrale.cli.finetune import finetune
 from maestrale.cli.generate import generate
@@ -46,6 +47,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "merge": merge,
     "train": train,
     "finetune": finetune,
+    "classify": classify,
+    "embed": embed,
     "bench": bench,
 }
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.adapter import Adapter
@@ -81,7 +82,18 @@ def open_runner(
     device: str,
     progress: Callable[[int, int], None],
     adapters: Sequence[Adapter] = (),
+    *,
+    hidden: bool = False,
+    head: NDArray[np.float32] | None = None,
 ) -> TorchRunner:
-    """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16")."""
+    """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
+
+    hidden: give what the output layer would read [N, dim] in place of logits. head: another output layer [n, dim].
+    """
     model = load_model(checkpoint, DTYPES[dtype], torch.device(device), progress)
+    if hidden:
+        model.output = nn.Identity()  # type: ignore[assignment]
+    elif head is not None:
+        model.output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
+        model.output.weight = nn.Parameter(torch.from_numpy(head).to(model.norm.weight), requires_grad=False)
     return TorchRunner(model, layout, adapters=adapters)

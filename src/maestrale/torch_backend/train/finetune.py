@@ -32,6 +32,7 @@ from maestrale.torch_backend.train.objective import Classes, Language, Objective
 from maestrale.torch_backend.train.packing import pack_samples
 from maestrale.torch_backend.train.parallel import ranks_of_torchrun
 from maestrale.torch_backend.train.report import finetune_card
+from maestrale.torch_backend.train.step import autocast
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,9 @@ def finetune(
                 learnable=learnable,
                 seconds=round(seconds, 1),
                 heldout_loss=loss,
-                heldout_accuracy=_accuracy(model, data.heldout),
+                heldout_accuracy=_accuracy(model, data.heldout, settings),
             )
+            ranks.rest(model)
             _export(model, checkpoint, settings, run, result, labels, force)
     return result
 
@@ -177,13 +179,14 @@ def _length(sample: Any) -> int:
 
 
 @torch.no_grad()
-def _accuracy(model: Transformer, heldout: Objective | None) -> float | None:
+def _accuracy(model: Transformer, heldout: Objective | None, settings: FinetuneSettings) -> float | None:
     """The share of held-out texts whose own class has the highest score; every rank does all of them."""
     if not isinstance(heldout, Classes):
         return None
     right = 0
     for row in range(len(heldout)):
-        scores, _ = heldout.scores(model, np.array([row]))
+        with autocast(settings):
+            scores, _ = heldout.scores(model, np.array([row]))
         right += heldout.labels[int(scores.argmax())] == heldout.samples[row].label
     return right / len(heldout)
 

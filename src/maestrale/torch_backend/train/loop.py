@@ -1,7 +1,8 @@
 """The loop that every run goes through: steps, held-out looks, states to go on from, one owner, an orderly stop.
 
 Beside the folder `out` stands `out.run`: state.safetensors, log.jsonl (a line every few steps), loss.png, and what
-the kind of run keeps there. Killed at any moment, a run goes on from the last state; nothing in it is a pickle.
+the kind of run keeps there. Killed at any moment, a run goes on from the last state. Nothing in it is a pickle, but on
+several ranks: the parts that torch's distributed checkpointing writes have an index that is one.
 """
 
 from __future__ import annotations
@@ -131,11 +132,12 @@ class Run:
                 if keep_best and (best is None or loss < best):
                     best = loss
                     self.states.save_best(model)
-            if (step + 1) % settings.save_every == 0 or last or stopped:
+            stop = bool(self.ranks.sum(torch.tensor(len(stopped))))  # all ranks after the same step
+            if (step + 1) % settings.save_every == 0 or last or stop:
                 progress = Progress(step + 1, done.data, time.monotonic() - begun, best)
                 self.states.save(model, optimizer, progress, settings.to_dict())
-            if stopped:
-                sys.exit(SIGINT_EXIT if stopped[0] == signal.SIGINT else SIGTERM_EXIT)
+            if stop:
+                sys.exit(SIGTERM_EXIT if stopped and stopped[0] == signal.SIGTERM else SIGINT_EXIT)
         return time.monotonic() - begun
 
     def look(self, model: Transformer, heldout: Objective, everything: bool = False) -> float:

@@ -58,6 +58,13 @@ class Ranks:
         fully_shard(model)
         register_fsdp_forward_method(model, "hidden_states")
 
+    def rest(self, model: nn.Module) -> None:
+        """After a forward pass that no backward pass follows: each rank goes back to its parts."""
+        if self.size > 1:
+            for module in model.modules():
+                if isinstance(module, torch.distributed.fsdp.FSDPModule):
+                    module.reshard()
+
     def whole(self, parameter: torch.Tensor) -> torch.Tensor:
         """A parameter that may be cut, in one piece; all ranks must ask together."""
         value = parameter.detach()

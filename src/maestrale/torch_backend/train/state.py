@@ -71,7 +71,7 @@ class States:
         from torch.distributed import barrier, checkpoint
 
         parts = f"state.{progress.step}"
-        checkpoint.save(_tensors(model, optimizer), checkpoint_id=self.folder / parts, no_dist=False)
+        checkpoint.save(_tensors(model, optimizer), checkpoint_id=self.folder / parts)
         if self.ranks.first:  # the parts count from the moment that this file names them
             with atomic_file(self.path) as partial:
                 header = {"parts": parts, "progress": vars(progress), "settings": dict(settings)}

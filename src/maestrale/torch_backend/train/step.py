@@ -112,11 +112,12 @@ def learn(
     micro_batches = ranks.share(rows).reshape(-1, settings.micro_batch)
     total, loads = torch.zeros(()), torch.zeros(())
     for micro in micro_batches:
-        with router_scores(model) as scores, _autocast(settings):
+        with router_scores(model) as scores, autocast(settings):
             loss, real = objective.loss(model, micro)
         loss = loss / weight
         total += loss.detach().cpu()
         if moe is not None:
+            scores = scores[-model.config.n_layers :]  # of the last pass: a reference may have run before
             balance, z, chosen = router_losses(scores, moe.num_experts_per_tok, real, settings.balance_pooled)
             aside = settings.balance * balance + settings.router_z * z
             loss = loss + aside / (len(micro_batches) * ranks.size)
@@ -141,12 +142,13 @@ def evaluate(
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     for first in range(0, len(parts), ranks.size):
         number = first + ranks.rank
-        with _autocast(settings):  # a rank beyond the last part does it too, for the others need its weights
+        with autocast(settings):  # a rank beyond the last part does it too, for the others need its weights
             loss, _ = objective.loss(model, parts[min(number, len(parts) - 1)])
         if number < len(parts):
             total += loss.cpu()
+    ranks.rest(model)
     return ranks.sum(total).item(), objective.weight(rows)
 
 
-def _autocast(settings: LoopSettings) -> torch.autocast | nullcontext:
+def autocast(settings: LoopSettings) -> torch.autocast | nullcontext:
     return torch.autocast("cpu", torch.bfloat16) if settings.bf16 else nullcontext()

@@ -1,0 +1,72 @@
+"""Embeddings and classes against transformers' own classes on the same weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from tiny import DENSE, MIXTURE, WINDOWED, hf_model, make_folder, native_weights, tokens, write_native
+
+from maestrale import LLM
+from maestrale.errors import CheckpointError, RequestError
+from maestrale.reader import Reader
+
+TEXTS = [tokens(5 + 7 * i, seed=i) for i in range(5)]
+LABELS = ["no", "perhaps", "yes"]
+
+
+@pytest.mark.parametrize("config", [DENSE, WINDOWED, MIXTURE], ids=["dense", "windowed", "mixture"])
+def test_scores_are_those_of_transformers_sequence_classification(config, tmp_path):
+    base = hf_model(config)
+    base.config.num_labels, base.config.pad_token_id = 3, 0
+    kind = "Mixtral" if config.moe else "Mistral"
+    theirs = getattr(transformers, f"{kind}ForSequenceClassification")(base.config).eval()
+    theirs.model.load_state_dict(base.model.state_dict())
+    folder = write_native(tmp_path / "m", config, native_weights(base, config))
+    (folder / "classifier.json").write_text(json.dumps({"labels": LABELS}))
+    save_file({"score.weight": theirs.score.weight.data.clone()}, folder / "classifier.safetensors")
+    reader = Reader(folder, classes=True, max_len=64)
+    for ids, scores, shares in zip(TEXTS, reader.scores(TEXTS), reader.classify(TEXTS), strict=True):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([ids])).logits[0]
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        assert next(iter(shares)) == LABELS[int(expected.argmax())]
+        np.testing.assert_allclose([shares[label] for label in LABELS], expected.softmax(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [WINDOWED, MIXTURE], ids=["windowed", "mixture"])
+def test_an_embedding_is_the_mean_of_transformers_last_hidden_states(config, tmp_path):
+    base = hf_model(config)
+    reader = Reader(write_native(tmp_path, config, native_weights(base, config)), max_len=64, max_batch_tokens=16)
+    for ids, vector in zip(TEXTS, reader.embed(TEXTS), strict=True):
+        with torch.no_grad():
+            expected = base.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+
+
+def test_what_it_was_not_opened_for_is_refused(tmp_path):
+    folder = make_folder(tmp_path, DENSE)
+    with pytest.raises(CheckpointError, match=r"no classifier; expected classifier\.json"):
+        Reader(folder, classes=True)
+    with pytest.raises(RequestError, match="opened for embeddings"):
+        Reader(folder, max_len=64).classify(TEXTS)
+    with pytest.raises(RequestError, match="opened to read, and does not write"):
+        LLM(folder, max_len=64, output="hidden").generate([TEXTS[0]])
+
+
+@pytest.mark.parametrize(
+    ("labels", "shape", "message"),
+    [
+        (["one"], (1, 32), "expected a list of two texts or more"),
+        ("yes", (2, 32), "expected a list of two texts or more"),
+        (LABELS, (2, 32), r"score\.weight: expected \(3, 32\), got F32 \(2, 32\)"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_refused(labels, shape, message, tmp_path):
+    folder = make_folder(tmp_path, DENSE)
+    (folder / "classifier.json").write_text(json.dumps({"labels": labels}))
+    save_file({"score.weight": torch.zeros(shape)}, folder / "classifier.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        Reader(folder, classes=True)

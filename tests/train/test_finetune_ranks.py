@@ -1,0 +1,88 @@
+"""Fine-tuning on two ranks under torchrun: the losses and weights of one, stopped and resumed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from tiny import MIXTURE, make_folder, write_tekken
+
+from maestrale.torch_backend.train.finetune import finetune
+from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.report import read_log
+
+# Interrupts itself, on one rank alone, in the step that it is told; torchrun starts it twice.
+_SCRIPT = """
+import json, os, signal, sys
+from maestrale.torch_backend.train import loop
+from maestrale.torch_backend.train.finetune import finetune
+from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+
+values, at, resume = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "resume"
+learn, calls = loop.steps.learn, []
+
+def interrupted(*args):
+    calls.append(0)
+    if len(calls) == at and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGINT)
+    return learn(*args)
+
+loop.steps.learn = interrupted
+finetune(FinetuneSettings(**values | {"targets": tuple(values["targets"])}), resume)
+"""
+
+
+def torchrun(script, settings, at, how) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", str(script), json.dumps(settings.to_dict()), str(at), how]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.parametrize(("method", "config"), [("full", MIXTURE)], ids=["full-mixture"])
+def test_two_ranks_have_the_losses_and_weights_of_one(method, config, tmp_path):
+    folder = make_folder(tmp_path / "model", replace(config, vocab_size=288))
+    write_tekken(folder)
+    lines = [{"text": f"{'the bora blows ' * (1 + i % 3)}{i}"} for i in range(16)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one = FinetuneSettings(
+        model=str(folder),
+        train=str(data),
+        heldout=str(data),
+        out=str(tmp_path / "one"),
+        method=method,
+        steps=6,
+        seq_len=64,
+        batch_size=4,
+        bf16=False,
+        lr=3e-3,
+        warmup_steps=1,
+        log_every=1,
+        save_every=10,
+        heldout_every=3,
+    )
+    finetune(one)
+    two, script = replace(one, out=str(tmp_path / "two")), tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    stopped = torchrun(script, two, 4, "begin")
+    assert stopped.returncode != 0
+    assert json.loads((tmp_path / "two.run/state.json").read_text())["progress"]["step"] == 4, stopped.stderr
+    done = torchrun(script, two, 0, "resume")
+    assert done.returncode == 0, done.stderr
+    found, expected = (read_log(tmp_path / f"{n}.run/log.jsonl") for n in ("two", "one"))
+    for name in ("loss", "heldout_nats_per_token"):
+        ours, theirs = ([line[name] for line in lines if name in line] for lines in (found, expected))
+        assert len(theirs) == (6 if name == "loss" else 2)
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    file = "consolidated.safetensors" if method == "full" else "adapter_model.safetensors"
+    weights = load_file(tmp_path / "one" / file)
+    for name, tensor in load_file(tmp_path / "two" / file).items():
+        np.testing.assert_allclose(tensor, weights[name], atol=1e-4)
