@@ -129,8 +129,9 @@ void bind_linear(nb::module_& m) {
   nb::class_<HeldWeight>(m, "Weight")
       .def("__init__",
            [](HeldWeight* self, const std::string& format, int64_t n, int64_t k, int64_t group, const Part& data,
-              const Part& scales, const Part& sums,
-              const Part& offsets) { new (self) HeldWeight(held_weight(format, n, k, group, data, scales, sums, offsets)); },
+              const Part& scales, const Part& sums, const Part& offsets) {
+             new (self) HeldWeight(held_weight(format, n, k, group, data, scales, sums, offsets));
+           },
            nb::arg("format"), nb::arg("n"), nb::arg("k"), nb::arg("group"), nb::arg("data"),
            nb::arg("scales").none(), nb::arg("sums").none(), nb::arg("offsets").none())
       .def_prop_ro("n", [](const HeldWeight& self) { return self.weight.n; })

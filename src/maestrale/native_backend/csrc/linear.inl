@@ -21,7 +21,7 @@ struct Ahead {
   }
 };
 
-// body(0), body(1), … with constants for numbers: what an array holds stays in registers, which a loop would not promise.
+// body(0), body(1), … with constants for numbers: what an array holds stays in registers, which loops do not promise.
 template <int N, class Body>
 [[gnu::always_inline]] inline void times(const Body& body) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
@@ -85,7 +85,8 @@ struct ByteProduct {
 template <class Product>
 struct Plain {
   template <int R, int V>
-  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out, const Ahead& ahead) {
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out,
+                   const Ahead& ahead) {
     const int64_t steps = (w.k + Product::kInputs - 1) / Product::kInputs;
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * steps * 64;
     const uint8_t* next = data + ahead.data;
@@ -98,7 +99,9 @@ struct Plain {
       times<V>([&](auto v) __attribute__((always_inline)) {
         __builtin_prefetch(next + v * steps * 64 + step * ahead.step);
         const auto weights = Product::load_weights(data + (v * steps + step) * 64);
-        times<R>([&](auto r) __attribute__((always_inline)) { sums[r][v] = Product::add(sums[r][v], weights, four[r]); });
+        times<R>([&](auto r) __attribute__((always_inline)) {
+          sums[r][v] = Product::add(sums[r][v], weights, four[r]);
+        });
       });
     }
     Floats results[R][V];
@@ -111,7 +114,8 @@ struct Plain {
 template <bool affine>
 struct Grouped {
   template <int R, int V>
-  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out, const Ahead& ahead) {
+  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out,
+                   const Ahead& ahead) {
     const int64_t groups = w.k / w.group, steps = w.group / 8;
     const uint8_t* data = static_cast<const uint8_t*>(w.data) + block * groups * steps * 64;
     const uint8_t* next = data + ahead.data;
@@ -132,7 +136,9 @@ struct Grouped {
             if constexpr (!half) __builtin_prefetch(next + v * groups * steps * 64 + step * ahead.step);
             const Bytes both = load_bytes(data + (v * groups * steps + step) * 64);
             const Bytes codes = half ? high_nibbles(both) : low_nibbles(both);
-            times<R>([&](auto r) __attribute__((always_inline)) { sums[r][v] = dot_nibbles(sums[r][v], codes, four[r]); });
+            times<R>([&](auto r) __attribute__((always_inline)) {
+              sums[r][v] = dot_nibbles(sums[r][v], codes, four[r]);
+            });
           });
         });
       times<V>([&](auto v) __attribute__((always_inline)) {

@@ -64,7 +64,9 @@ inline void store_bytes(uint8_t* p, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 inline __m128i half_words(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-inline Floats load_half(const uint16_t* p) { return {_mm256_cvtph_ps(half_words(p)), _mm256_cvtph_ps(half_words(p + 8))}; }
+inline Floats load_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(half_words(p)), _mm256_cvtph_ps(half_words(p + 8))};
+}
 inline Floats load_bf16(const uint16_t* p) {
   return bits_to_floats(left<16>({_mm256_cvtepu16_epi32(half_words(p)), _mm256_cvtepu16_epi32(half_words(p + 8))}));
 }

@@ -26,23 +26,33 @@ template <class Result, class Function> inline Result lanes(Function function) {
 inline Floats floats(float x) { return lanes<Floats>([=](int) { return x; }); }
 inline Floats load(const float* p) { return lanes<Floats>([=](int i) { return p[i]; }); }
 inline void store(float* p, Floats a) { std::memcpy(p, a.v, sizeof a.v); }
-inline Floats load_first(const float* p, int64_t n) { return lanes<Floats>([=](int i) { return i < n ? p[i] : 0.0f; }); }
+inline Floats load_first(const float* p, int64_t n) {
+  return lanes<Floats>([=](int i) { return i < n ? p[i] : 0.0f; });
+}
 inline void store_first(float* p, Floats a, int64_t n) { std::memcpy(p, a.v, size_t(n) * 4); }
 inline Floats operator+(Floats a, Floats b) { return lanes<Floats>([&](int i) { return a.v[i] + b.v[i]; }); }
 inline Floats operator-(Floats a, Floats b) { return lanes<Floats>([&](int i) { return a.v[i] - b.v[i]; }); }
 inline Floats operator*(Floats a, Floats b) { return lanes<Floats>([&](int i) { return a.v[i] * b.v[i]; }); }
 inline Floats operator/(Floats a, Floats b) { return lanes<Floats>([&](int i) { return a.v[i] / b.v[i]; }); }
 inline Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // rounded twice: no instruction to count on
-inline Floats larger(Floats a, Floats b) { return lanes<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-inline Floats smaller(Floats a, Floats b) { return lanes<Floats>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline Floats larger(Floats a, Floats b) {
+  return lanes<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline Floats smaller(Floats a, Floats b) {
+  return lanes<Floats>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 inline Floats if_less(Floats a, Floats b, Floats yes, Floats no) {
   return lanes<Floats>([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
 }
 
 inline Ints ints(int32_t x) { return lanes<Ints>([=](int) { return x; }); }
 inline Ints load(const int32_t* p) { return lanes<Ints>([=](int i) { return p[i]; }); }
-inline Ints operator+(Ints a, Ints b) { return lanes<Ints>([&](int i) { return int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i])); }); }
-inline Ints operator-(Ints a, Ints b) { return lanes<Ints>([&](int i) { return int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i])); }); }
+inline Ints operator+(Ints a, Ints b) {
+  return lanes<Ints>([&](int i) { return int32_t(uint32_t(a.v[i]) + uint32_t(b.v[i])); });
+}
+inline Ints operator-(Ints a, Ints b) {
+  return lanes<Ints>([&](int i) { return int32_t(uint32_t(a.v[i]) - uint32_t(b.v[i])); });
+}
 inline Ints operator&(Ints a, Ints b) { return lanes<Ints>([&](int i) { return a.v[i] & b.v[i]; }); }
 inline Ints larger(Ints a, Ints b) { return lanes<Ints>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
 template <int N> inline Ints left(Ints a) { return lanes<Ints>([&](int i) { return int32_t(uint32_t(a.v[i]) << N); }); }

@@ -28,10 +28,18 @@ inline void store_first(float* p, Floats a, int64_t n) {
   store(all, a);
   std::memcpy(p, all, size_t(n) * 4);
 }
-inline Floats operator+(Floats a, Floats b) { return quarters<Floats>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); }); }
-inline Floats operator-(Floats a, Floats b) { return quarters<Floats>([&](int i) { return vsubq_f32(a.v[i], b.v[i]); }); }
-inline Floats operator*(Floats a, Floats b) { return quarters<Floats>([&](int i) { return vmulq_f32(a.v[i], b.v[i]); }); }
-inline Floats operator/(Floats a, Floats b) { return quarters<Floats>([&](int i) { return vdivq_f32(a.v[i], b.v[i]); }); }
+inline Floats operator+(Floats a, Floats b) {
+  return quarters<Floats>([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
+}
+inline Floats operator-(Floats a, Floats b) {
+  return quarters<Floats>([&](int i) { return vsubq_f32(a.v[i], b.v[i]); });
+}
+inline Floats operator*(Floats a, Floats b) {
+  return quarters<Floats>([&](int i) { return vmulq_f32(a.v[i], b.v[i]); });
+}
+inline Floats operator/(Floats a, Floats b) {
+  return quarters<Floats>([&](int i) { return vdivq_f32(a.v[i], b.v[i]); });
+}
 inline Floats fma(Floats a, Floats b, Floats c) {
   return quarters<Floats>([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
 }
@@ -66,7 +74,8 @@ inline Floats load_half(const uint16_t* p) {
   return quarters<Floats>([=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
 }
 inline Floats load_bf16(const uint16_t* p) {
-  return quarters<Floats>([=](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p + 4 * i)), 16)); });
+  return quarters<Floats>(
+      [=](int i) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p + 4 * i)), 16)); });
 }
 
 inline Bytes load_bytes(const uint8_t* p) {
@@ -93,7 +102,8 @@ inline Floats dot_pairs(Floats s, Pairs w, Four x) {
   const float32x4_t even = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
   const float32x4_t odd = vreinterpretq_f32_u32(vandq_u32(x, high));
   s = quarters<Floats>([&](int i) { return vfmaq_f32(s.v[i], vreinterpretq_f32_u32(vshlq_n_u32(w.v[i], 16)), even); });
-  return quarters<Floats>([&](int i) { return vfmaq_f32(s.v[i], vreinterpretq_f32_u32(vandq_u32(w.v[i], high)), odd); });
+  return quarters<Floats>(
+      [&](int i) { return vfmaq_f32(s.v[i], vreinterpretq_f32_u32(vandq_u32(w.v[i], high)), odd); });
 }
 inline Floats dot_floats(Floats s, Floats w, Four x) {
   return quarters<Floats>([&](int i) { return vfmaq_f32(s.v[i], w.v[i], vreinterpretq_f32_u32(x)); });

@@ -1,0 +1,133 @@
+// Linear layers of the arm64 kernels against double sums over the very numbers that the formats stand for; run under
+// emulation by test_arm64.py. Prints "ok", or the first difference.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+#include "rows.h"
+
+using namespace maestrale;
+
+namespace {
+
+uint32_t state = 1;
+int number(int below) {  // a linear congruential generator (Knuth's constants for 32 bits), the upper bits
+  state = state * 1664525u + 1013904223u;
+  return int((state >> 8) % uint32_t(below));
+}
+float real() { return float(number(2001) - 1000) / 500.0f; }
+float bf16_value(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+struct Example {
+  Weight weight;
+  std::vector<double> values;  // [n][k]
+  std::vector<uint8_t> data;
+  std::vector<float> row_scales, offsets;
+  std::vector<int32_t> sums;
+  std::vector<uint16_t> scales;
+};
+
+void fill(Example& e, Format format, int64_t n, int64_t k, int64_t group, bool affine) {
+  const int64_t blocks = (n + 15) / 16;
+  e.weight = {format, n, k, group, nullptr, nullptr, nullptr, nullptr, nullptr};
+  e.data.assign(size_t(blocks * block_bytes(e.weight)), 0);
+  e.values.assign(size_t(n * k), 0);
+  e.row_scales.assign(size_t(blocks * 16), 0.01f);
+  e.sums.assign(size_t(blocks * 16), 0);
+  e.scales.assign(group ? size_t(blocks * 16 * (k / group)) : 0, 0x2400);  // 2^-6
+  e.offsets.assign(e.scales.size(), 0.03125f);
+  for (int64_t o = 0; o < n; ++o)
+    for (int64_t i = 0; i < k; ++i) {
+      uint8_t* block = e.data.data() + o / 16 * block_bytes(e.weight);
+      double& value = e.values[size_t(o * k + i)];
+      const int64_t lane = o % 16;
+      if (format == Format::f32) {
+        const float w = real();
+        std::memcpy(block + (i * 16 + lane) * 4, &w, 4);
+        value = w;
+      } else if (format == Format::bf16) {
+        const uint16_t w = uint16_t(0x3f00 + number(256) + number(2) * 0x8000);
+        std::memcpy(block + (i / 2 * 32 + lane * 2 + i % 2) * 2, &w, 2);
+        value = bf16_value(w);
+      } else if (format == Format::int8) {
+        const int q = number(256) - 128;
+        block[i / 4 * 64 + lane * 4 + i % 4] = uint8_t(q);
+        e.sums[size_t(o)] += q;
+        value = q * double(0.01f);
+      } else {
+        const int q = number(16);
+        block[i / 8 * 64 + lane * 4 + i % 4] |= uint8_t(i % 8 < 4 ? q : q << 4);
+        value = affine ? q / 64.0 + 0.03125 : (q - 8) / 64.0;
+      }
+    }
+  e.weight.data = e.data.data();
+  e.weight.row_scales = e.row_scales.data(), e.weight.sums = e.sums.data();
+  e.weight.scales = group ? e.scales.data() : nullptr, e.weight.offsets = affine ? e.offsets.data() : nullptr;
+}
+
+bool check(const Kernels& kernels, const char* name, Format format, int64_t group, bool affine, bool exact) {
+  const int64_t n = 100, k = 384, most = 9;
+  Example e;
+  fill(e, format, n, k, group, affine);
+  std::vector<float> x(size_t(most * k)), whole(size_t(most * n)), part(whole.size());
+  for (float& value : x) value = real();
+  RowsBuffer buffer;
+  const Rows rows = buffer.rows(exact ? Format::bf16 : format, most, k, group);
+  kernels.prepare(x.data(), k, 0, most, rows);
+  kernels.linear(e.weight, rows, 0, blocks_of(e.weight), {whole.data(), n});
+  for (int64_t t = 0; t < most; ++t) {
+    float largest = 0;
+    for (int64_t i = 0; i < k; ++i) largest = std::max(largest, std::abs(x[size_t(t * k + i)]));
+    for (int64_t o = 0; o < n; ++o) {
+      double sum = 0, size = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const float one = x[size_t(t * k + i)];
+        uint32_t bits;
+        std::memcpy(&bits, &one, 4);
+        const double seen = format == Format::f32 ? one
+                            : exact || format == Format::bf16
+                                ? bf16_value(uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16))
+                                : std::nearbyint(one * (127 / largest)) * double(largest / 127);
+        sum += seen * e.values[size_t(o * k + i)];
+        size += std::abs(seen * e.values[size_t(o * k + i)]);
+      }
+      const double got = whole[size_t(t * n + o)];
+      if (!(std::abs(got - sum) <= 2e-6 * size)) {
+        std::printf("%s %s: row %d, output %d: expected %.9g, got %.9g\n", kernels.isa, name, int(t), int(o), sum, got);
+        return false;
+      }
+    }
+  }
+  const Rows one = buffer.rows(exact ? Format::bf16 : format, 1, k, group);
+  kernels.prepare(x.data() + 4 * k, k, 0, 1, one);
+  kernels.linear(e.weight, one, 0, blocks_of(e.weight), {part.data(), n});
+  if (std::memcmp(part.data(), whole.data() + 4 * n, size_t(n) * 4) == 0) return true;
+  std::printf("%s %s: a row alone has other bits than among nine\n", kernels.isa, name);
+  return false;
+}
+
+}  // namespace
+
+int main() {
+  const Kernels* neon = find_kernels("neon");
+  if (!neon) return std::puts("no neon kernels"), 1;
+  for (const Kernels* kernels : {neon, find_kernels("generic")})
+    for (bool exact : {false, true}) {
+      if (!exact && !(check(*kernels, "f32", Format::f32, 0, false, false) &&
+                      check(*kernels, "bf16", Format::bf16, 0, false, false)))
+        return 1;
+      if (!(check(*kernels, "int8", Format::int8, 0, false, exact) &&
+            check(*kernels, "int4", Format::int4, 32, false, exact) &&
+            check(*kernels, "int4 affine", Format::int4, 64, true, exact)))
+        return 1;
+    }
+  std::puts("ok");
+}
