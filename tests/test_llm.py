@@ -222,7 +222,7 @@ def test_logits_are_float32_rows_for_every_token(llm, model):
     ],
 )
 def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
-    llm = LLM(folder, **options)
+    llm = LLM(folder, backend="torch", **options)
     assert llm._engine.runner.model.norm.weight.dtype == dtype
     assert all(pool.dtype == dtype for pool in llm._engine.runner.cache.pools)
 
@@ -231,7 +231,7 @@ def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
     ("options", "error", "words"),
     [
         ({"dtype": "int3"}, UsageError, "dtype 'int3': expected auto"),
-        ({"weights": "int3"}, UsageError, "weights 'int3': expected auto or bf16"),
+        ({"weights": "int3"}, UsageError, "weights 'int3': expected auto, bf16, int8 or int4"),
         ({"weights": "bf16", "dtype": "float32"}, UsageError, "contradict each other"),
         ({"backend": "abacus"}, UsageError, "backend 'abacus': expected"),
         ({"device": "abacus"}, UsageError, "device 'abacus': expected"),

@@ -71,8 +71,8 @@ def test_logits_are_the_same_to_the_last_bit(name, weights, isa, folders):
 @pytest.mark.parametrize("weights", ["bf16", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_preemption_changes_no_bit(name, weights, folders):
-    prompts = [tokens(length, 70, length) for length in (40, 17, 33, 60)]
-    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, logprobs=1)
+    prompts = [tokens(length, 70, length) for length in (9, 5, 14, 20)]
+    params = SamplingParams(max_tokens=70, temperature=0, ignore_eos=True, logprobs=1)
 
     def found(pages):
         one = engine(folders[name], "", weights, 2, 32, pages)

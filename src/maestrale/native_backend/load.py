@@ -107,6 +107,7 @@ class _Loader:
 
     def __init__(self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]):
         self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
+        self.pool = kernels.native.Pool(threads)
         self.done, self.total = 0, len(checkpoint.names())
 
     def layer(self, i: int) -> dict[str, Any]:
@@ -159,7 +160,10 @@ class _Loader:
     def _pack(self, name: str) -> PackedWeight:
         tensor = self.checkpoint.tensor(name)
         if self.weights in ("f32", "bf16"):
-            return pack_float(tensor, self.weights)
+            words = kernels.pack(self.pool, cast(tensor, {"f32": "F32", "bf16": "BF16"}[self.weights]).array)
+            n, k = tensor.shape
+            data = words.view(np.float32) if self.weights == "f32" else words.view(np.uint16).reshape(*words.shape, 2)
+            return PackedWeight(self.weights, (n, k), data)
         from maestrale.checkpoint.quantize import Recipe  # not on the way of a packed folder
         from maestrale.checkpoint.rounding import round_to_nearest
 
