@@ -12,6 +12,7 @@ from maestrale.batch import CacheLayout
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.config import ModelConfig, MoeConfig
 from maestrale.engine.engine import Engine
+from maestrale.engine.lookup import LookUp
 from maestrale.native_backend.load import load_model
 from maestrale.native_backend.runner import NativeRunner
 from maestrale.sampling.params import SamplingParams
@@ -71,8 +72,8 @@ def test_logits_are_the_same_to_the_last_bit(name, weights, isa, folders):
 @pytest.mark.parametrize("weights", ["bf16", "int4"])
 @pytest.mark.parametrize("name", MODELS)
 def test_preemption_changes_no_bit(name, weights, folders):
-    prompts = [tokens(length, 70, length) for length in (9, 5, 14, 20)]
-    params = SamplingParams(max_tokens=70, temperature=0, ignore_eos=True, logprobs=1)
+    prompts = [tokens(length, 70, length) for length in (17, 20, 18, 30)]
+    params = SamplingParams(max_tokens=90, temperature=0, ignore_eos=True, logprobs=1)
 
     def found(pages):
         one = engine(folders[name], "", weights, 2, 32, pages)
@@ -81,6 +82,35 @@ def test_preemption_changes_no_bit(name, weights, folders):
             one.step()
         return one.scheduler.preemptions, [(r.completions[0].token_ids, r.completions[0].logprobs) for r in requests]
 
-    (none, roomy), (some, tight) = found(None), found(12)
+    (none, roomy), (some, tight) = found(None), found(10)
     assert none == 0 < some
     assert tight == roomy
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_neither_a_cache_hit_nor_a_draft_changes_a_bit(name, weights, folders, monkeypatch):
+    first = tokens(40, 70, 3)
+    prompts = [first, first, [*first[:35], *tokens(20, 70, 4)]]
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=1)
+
+    def found(one, prompt):
+        request = one.submit(prompt, params)
+        while one.has_work:
+            one.step()
+        return request.completions[0].token_ids, request.completions[0].logprobs
+
+    plain = engine(folders[name], "", weights, 1)
+    plain.prefixes.enabled = plain.speculation.enabled = False
+    expected = [found(plain, prompt) for prompt in prompts]
+
+    def draft(lookup, known, most):  # of the next seven tokens all, or all but the last, are right
+        whole = next([*p, *text] for p, (text, _) in zip(prompts, expected, strict=True) if known[: len(p)] == p)
+        guess = whole[len(known) : len(known) + min(most, 7)]
+        return [*guess[:-1], (guess[-1] + len(known) % 3) % 70]
+
+    monkeypatch.setattr(LookUp, "draft", draft)
+    one = engine(folders[name], "", weights, 2, 48)
+    assert [found(one, prompt) for prompt in prompts] == expected
+    assert one.prefixes.found >= 32 + 32
+    assert 20 < one.speculation.accepted < one.speculation.drafted
