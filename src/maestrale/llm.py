@@ -262,12 +262,6 @@ class LLM:
     def has_work(self) -> bool:
         return self._engine.has_work
 
-    def cache_fill(self) -> list[tuple[int | None, int, int]]:
-        """For each kind of layer: its window, the pages that sequences hold, all pages. From any thread."""
-        layout, available = self._engine.pages.layout, self._engine.pages.available
-        kinds = zip(layout.windows, layout.pages, available, strict=True)
-        return [(window, pages - free, pages) for window, pages, free in kinds]
-
     def load(self) -> Load:
         """May be called from any thread."""
         scheduler, pages = self._engine.scheduler, self._engine.pages

@@ -44,6 +44,13 @@ def test_pieces_of_a_stream_add_up_to_the_whole_and_every_copy_is_told(llm):
         assert len(one.experts) == 5
 
 
+def test_tokens_that_were_foretold_name_their_own_rows(llm, reference):
+    prompt = tokens(6, 64, seed=4) * 3
+    (said,) = llm.generate([prompt], SamplingParams(max_tokens=60, **SEEN))
+    assert llm.counters().accepted > 0, "nothing was speculated on: take another prompt"
+    assert said.experts == true_experts(reference, prompt + said.token_ids)[17:77]
+
+
 def test_who_did_not_ask_is_not_told_and_gets_the_same_tokens(llm, reference):
     prompts = [tokens(5, 64, seed=1), tokens(9, 64, seed=2)]
     plain = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)

@@ -88,7 +88,11 @@ class Live:
         with contextlib.closing(self.connect(timeout)) as connection:
             connection.request(method, path, content, {"content-type": "application/json"} | (headers or {}))
             response = connection.getresponse()
-            return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+            return Answer(
+                response.status,
+                {k.lower(): ", ".join(response.headers.get_all(k, [])) for k in response.headers},
+                response.read(),
+            )
 
     def post(self, path: str, body, headers=None, timeout=60) -> Answer:
         return self.ask("POST", path, body, headers, timeout)

@@ -190,4 +190,5 @@ def _add(whole: Completion, piece: Completion) -> None:
         whole.logprobs += piece.logprobs or []
         whole.top_logprobs += piece.top_logprobs or []
     if piece.experts is not None:
-        whole.experts = (whole.experts or []) + piece.experts
+        whole.experts = [] if whole.experts is None else whole.experts
+        whole.experts += piece.experts

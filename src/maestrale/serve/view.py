@@ -15,10 +15,14 @@ def experts(body: Sampling, completion: Completion) -> dict[str, Any]:
 
 
 def cache(context: Context, body: Sampling, tokens: int) -> dict[str, Any]:
-    """For an answer or an event: `cache`, the tokens of this sequence, and the pages that all sequences hold."""
+    """For an answer or an event: `cache`, the tokens of this sequence, the pages that all sequences hold, and those
+    that are kept for prompts which begin alike."""
     if not body.model_view:
         return {}
-    kinds = [{"window": window, "held": held, "pages": pages} for window, held, pages in context.llm.cache_fill()]
+    kinds = [
+        {"window": p.window, "held": p.total - p.free - p.cached, "kept": p.cached, "pages": p.total}
+        for p in context.llm.counters().pools
+    ]
     return {"cache": {"tokens": tokens, "kinds": kinds}}
 
 

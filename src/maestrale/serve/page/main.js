@@ -321,7 +321,12 @@ $("say").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); $("composer").requestSubmit(); }
 });
 $("say").addEventListener("input", () => { grow($("say")); controls(); });
-document.addEventListener("keydown", (event) => { if (event.key === "Escape" && writing) stop(); });
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.target.closest(".edit")) return;
+  if (document.body.classList.contains("side")) document.body.classList.remove("side");
+  else if (!wide.matches && !$("panel").hidden) panel(null);
+  else if (writing) stop();
+});
 $("stop").addEventListener("click", stop);
 $("new").addEventListener("click", () => { if (card) { open(talks.find((one) => !one.leaf) ?? conversation(card.maestrale.chats ? "chat" : "text")); $("say").focus(); } });
 $("export").addEventListener("click", () => talk?.leaf && give());

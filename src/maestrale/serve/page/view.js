@@ -144,10 +144,10 @@ export class View {
     if (!cache) return;
     this.memory.parentElement.hidden = false;
     const meters = [meter("Context", cache.tokens, this.card.context, "tokens")];
-    for (const { window, held, pages } of cache.kinds) {
+    for (const { window, held, kept, pages } of cache.kinds) {
       if (window) meters.push(meter(`Window of ${window.toLocaleString("en")}`, Math.min(cache.tokens, window), window,
         cache.tokens > window ? `· ${(cache.tokens - window).toLocaleString("en")} rolled out` : "tokens"));
-      meters.push(meter(window ? "Its pages, over all sequences" : "Pages, over all sequences", held, pages, "held"));
+      meters.push(meter(window ? "Its pages, over all sequences" : "Pages, over all sequences", held, pages, `held · ${kept.toLocaleString("en")} kept`));
     }
     this.memory.replaceChildren(...meters);
   }
