@@ -314,7 +314,7 @@ def test_what_one_key_has_computed_is_not_found_by_another(start):
     def found(headers) -> float:
         def count() -> float:
             for line in server.get("/metrics", headers).content.decode().splitlines():
-                if line.startswith("maestrale_prefix_tokens_found "):
+                if line.startswith("maestrale_prefix_tokens_found_total "):
                     return float(line.split()[1])
             raise AssertionError("no such metric")
 

@@ -197,7 +197,7 @@ def test_where_pages_run_out_texts_are_the_same(start, bytes_folder):
     alone = LLM(bytes_folder).generate(prompts, SamplingParams(max_tokens=300, temperature=0, ignore_eos=True))
     answer = server.complete(prompts, max_tokens=300, ignore_eos=True)
     assert [choice["text"] for choice in answer.json["choices"]] == [completion.text for completion in alone]
-    assert server.metric("maestrale_preemptions") > 0
+    assert server.metric("maestrale_preemptions_total") > 0
     assert server.pages_used() == 0
 
 

@@ -35,6 +35,9 @@ def serve(settings: Settings, open_model: Callable[[], LLM]) -> int:
 
     Where torchrun or mpirun started several processes, rank 0 serves; the others compute, and do not return.
     """
+    # oneDNN, under torch on the CPU, keeps what it compiles for each number of rows that a step may have: with its own
+    # 1024 entries a server grows by hundreds of MiB. It reads this when torch is imported, which is later.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
         open_model()
     with _listen(settings) as listener:
@@ -80,7 +83,7 @@ class _Server:
             on_death=self.wake.set,
         )
         context = Context(self.llm, service, settings, metrics)
-        metrics.watch(_gauges(context))
+        _watch(context)
         config = uvicorn.Config(
             make_app(context),
             http=protocol(settings),
@@ -149,16 +152,20 @@ def _warm_up(llm: LLM) -> None:
         llm.tokenizer.encode_chat([{"role": "user", "content": "."}])
 
 
-def _gauges(context: Context) -> list[tuple[str, str, Callable[[], float]]]:
+def _watch(context: Context) -> None:
     load, service = context.llm.load, context.service
-    return [
-        ("maestrale_queued_requests", "Requests that have not begun.", lambda: service.queued),
-        ("maestrale_open_requests", "Requests that have not ended.", lambda: service.open_jobs),
-        ("maestrale_engine_waiting", "Prompts that wait in the engine.", lambda: load().waiting),
-        ("maestrale_engine_running", "Prompts that are worked on.", lambda: load().running),
-        ("maestrale_cache_pages", "Pages of the cache.", lambda: load().pages),
-        ("maestrale_cache_pages_free", "Pages that hold nothing needed.", lambda: load().free_pages),
-        ("maestrale_prefix_tokens_asked", "Tokens of prompts begun.", lambda: load().prefix_asked),
-        ("maestrale_prefix_tokens_found", "Those that lay in the cache already.", lambda: load().prefix_found),
-        ("maestrale_preemptions", "Prompts that gave up their pages for others.", lambda: load().preemptions),
-    ]
+    context.metrics.watch(
+        gauges=[
+            ("maestrale_queued_requests", "Requests that have not begun.", lambda: service.queued),
+            ("maestrale_open_requests", "Requests that have not ended.", lambda: service.open_jobs),
+            ("maestrale_engine_waiting", "Prompts that wait in the engine.", lambda: load().waiting),
+            ("maestrale_engine_running", "Prompts that are worked on.", lambda: load().running),
+            ("maestrale_cache_pages", "Pages of the cache.", lambda: load().pages),
+            ("maestrale_cache_pages_free", "Pages that hold nothing needed.", lambda: load().free_pages),
+        ],
+        counters=[
+            ("maestrale_prefix_tokens_asked", "Tokens of prompts begun.", lambda: load().prefix_asked),
+            ("maestrale_prefix_tokens_found", "Those that lay in the cache already.", lambda: load().prefix_found),
+            ("maestrale_preemptions", "Prompts that gave up their pages for others.", lambda: load().preemptions),
+        ],
+    )
