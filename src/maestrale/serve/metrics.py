@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from maestrale.serve.job import Job, Piece
 
+Watched = tuple[str, str, Callable[[], float]]
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+@dataclass(frozen=True)
+class _Watch(Collector):
+    gauges: Sequence[Watched]
+    counters: Sequence[Watched]
+
+    def collect(self) -> Iterator[Metric]:
+        for name, what, read in self.gauges:
+            yield GaugeMetricFamily(name, what, read())
+        for name, what, read in self.counters:
+            yield CounterMetricFamily(name, what, read())
 
 
 class Metrics:
@@ -31,10 +48,9 @@ class Metrics:
     def _histogram(self, name: str, what: str) -> Histogram:
         return Histogram(name, what, buckets=_SECONDS, registry=self.registry)
 
-    def watch(self, gauges: Iterable[tuple[str, str, Callable[[], float]]]) -> None:
-        """Gauges (name, description, function) that are read when they are asked for."""
-        for name, what, read in gauges:
-            Gauge(name, what, registry=self.registry).set_function(read)
+    def watch(self, gauges: Iterable[Watched], counters: Iterable[Watched]) -> None:
+        """Numbers (name, description, function) that are read when they are asked for."""
+        self.registry.register(_Watch(tuple(gauges), tuple(counters)))
 
     def observe(self, job: Job, when: float, pieces: list[Piece]) -> None:
         """A step's pieces for one job, at the time the step ended."""

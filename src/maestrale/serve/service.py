@@ -131,7 +131,9 @@ class Service:
             return
         job.ended = True
         self._jobs.pop(job).cancel()
-        if outcome != "done":
+        if outcome == "done":
+            self.metrics.whole.observe(time.monotonic() - job.began)
+        else:
             self._commands.put(partial(self._forget, job))
         self.metrics.outcomes.labels(outcome).inc()
         if not job.accepted.done():
