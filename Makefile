@@ -12,11 +12,14 @@ $(VENV)/bin/python:
 		{ echo "$(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11 demo" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.user: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[torch,serve]'
+# Without a C++ compiler there are no kernels, and torch runs the model.
+$(VENV)/.user: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[serve]'
+	$(BIN)/python -c 'import sys; from maestrale.native_backend.kernels import missing; sys.exit(bool(missing()))' || \
+		$(PIP) --editable '.[torch,serve]'
 	touch $@
 
-$(VENV)/.developer: pyproject.toml constraints.txt | $(VENV)/bin/python
+$(VENV)/.developer: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[torch,serve,train,plot,dev]'
 	touch $@ $(VENV)/.user
 

@@ -3,20 +3,21 @@
 One start for many cases: starting processes costs more than running tiny models.
 """
 
+import functools
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from maestrale.batch import CacheLayout
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.engine.engine import Engine
 from maestrale.mesh import Mesh
 from maestrale.sampling.params import SamplingParams
-from maestrale.torch_backend.parallel.link import Link
+from maestrale.torch_backend.parallel.link import Link, world
 from maestrale.torch_backend.parallel.runner import open_ranks
 
 PAGE, MAX_LEN, MAX_CHUNK = 4, 64, 16
@@ -56,10 +57,11 @@ def answer(case):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # a second group in one job needs a store of its own
-    port, answers = int(os.environ["MASTER_PORT"]), []
-    for number, case in enumerate(json.loads(Path(sys.argv[1]).read_text()), 1):
-        os.environ["MASTER_PORT"] = str(port + number)
+    initialize, (rank, size, _), answers = dist.init_process_group, world(), []
+    for number, case in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+        # A second group in one job needs a store of its own: a file, since a port that is free may not stay so.
+        store = dist.FileStore(f"{sys.argv[2]}.{number}", size)
+        dist.init_process_group = functools.partial(initialize, store=store, rank=rank, world_size=size)
         answers.append(answer(case))
     if answers[0] is not None:
         Path(sys.argv[2]).write_text(json.dumps(answers))

@@ -1,12 +1,8 @@
 """The servers that the tests ask: one with the bundled model for all, others with tiny models and tight limits."""
 
-from dataclasses import replace
-
 import pytest
-from live import Live
-from tiny import DENSE, make_folder, write_tekken
-
-BYTES = replace(DENSE, vocab_size=288, max_position_embeddings=2048)
+from live import BYTES, Live
+from tiny import make_folder, write_tekken
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from tiny import DENSE
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+BYTES = replace(DENSE, vocab_size=288, max_position_embeddings=2048)  # a model of bytes, with a long context
 ADDRESS = re.compile(r"serving .* on http://([\d.]+|\[[\da-f:]+\]):(\d+)")
 
 

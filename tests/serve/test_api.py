@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import BYTES
-from live import Live
+from live import BYTES, Live
 from tiny import CONTROLS, hf_model
 
 import maestrale
