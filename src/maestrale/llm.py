@@ -280,9 +280,7 @@ class LLM:
         where a server may do something else. RequestError where the text is too long, or the backend cannot do it."""
         embed = getattr(self._engine.runner, "embed", None)
         if embed is None:
-            raise RequestError(
-                f"model: no embeddings from this backend ({self.description}): use --backend torch", "model"
-            )
+            raise RequestError("model: a model over several ranks gives no embeddings", "model")
         if not 0 < len(ids) <= self.max_len or min(ids) < 0 or max(ids) >= self.config.vocab_size:
             raise RequestError(
                 f"input: expected 1 to {self.max_len} token ids from 0 to {self.config.vocab_size - 1}, got {len(ids)}",

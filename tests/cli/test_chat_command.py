@@ -316,7 +316,8 @@ def test_experts_of_the_last_reply_are_shown(command, tmp_path):
 
 
 def test_ctrl_c_stops_a_reply_and_the_chat_goes_on(terminal, models):
-    screen = terminal("chat", models["windowed"], "--max-len", 10**6, "--max-tokens", 10**6, "--temperature", 0)
+    long = ("--max-len", 10**6, "--max-tokens", 10**6, "--temperature", 0, "--backend", "torch")  # the slower one
+    screen = terminal("chat", models["windowed"], *long)
     screen.read_until_prompt()
     screen.type(b"maestrale\r")
     screen.read_until(b"maestrale")

@@ -38,8 +38,8 @@ def engine(folder: Path, isa: str, weights: str, threads: int, max_chunk: int = 
         kept = [MAX_LEN if w is None else min(MAX_LEN, w + max_chunk - 1) for w in windows]
         rings = tuple(-(-tokens // 16) for tokens in kept)
         layout = CacheLayout(16, MAX_LEN, max_chunk, windows, rings, tuple(pages or 8 * ring for ring in rings))
-        model = load_model(checkpoint, layout, weights, half=weights != "f32", threads=threads, isa=isa)
-        return Engine(NativeRunner(model, layout, checkpoint.config), checkpoint.config.vocab_size, None, 8)
+        model, body = load_model(checkpoint, layout, weights, half=weights != "f32", threads=threads, isa=isa)
+        return Engine(NativeRunner(model, layout, body), checkpoint.config.vocab_size, None, 8)
 
 
 def logits(engine: Engine, prompts, chunks) -> list[np.ndarray]:

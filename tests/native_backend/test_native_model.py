@@ -25,7 +25,8 @@ def layout(config, page_size=16, max_len=64, sequences=2):
 def opened(folder, **options):
     with open_checkpoint(folder) as checkpoint:
         made = layout(checkpoint.config)
-        return load_model(checkpoint, made, "f32", half=False, threads=2, **options), made
+        model, _ = load_model(checkpoint, made, "f32", half=False, threads=2, **options)
+        return model, made
 
 
 def arguments(ids, made, position=0):
@@ -211,14 +212,16 @@ def test_threads_are_as_asked_then_as_the_environment_says(monkeypatch):
 
 
 def test_a_runner_gives_the_wanted_rows_and_the_experts_that_they_went_through(tmp_path):
-    model, made = opened(make_folder(tmp_path, MIXTURE))
+    made = layout(MIXTURE)
+    with open_checkpoint(make_folder(tmp_path, MIXTURE)) as checkpoint:
+        model, body = load_model(checkpoint, made, "f32", half=False, threads=2)
     asked = arguments(tokens(20), made)
     every, picked = np.empty((20, 64), np.float32), np.empty((2, 20, 2), np.int16)
     model.step(**asked, logits=every, chosen=picked)
     names = {"tokens": "token_ids"}
     batch = Batch(**{names.get(name, name): value for name, value in asked.items()} | {"logit_rows": np.array([3, 19])})
-    plain = NativeRunner(model, made, MIXTURE).step(batch)
-    watched = NativeRunner(model, made, MIXTURE).step(replace(batch, experts=True))
+    plain = NativeRunner(model, made, body).step(batch)
+    watched = NativeRunner(model, made, body).step(replace(batch, experts=True))
     assert np.array_equal(plain.logits, every[[3, 19]])
     assert np.array_equal(watched.logits, every[[3, 19]])
     assert plain.experts is None

@@ -296,7 +296,7 @@ def test_every_route_but_two_wants_a_key(start):
         ):
             answer = server.get(path, headers | {"host": "evil.example"})
             assert (answer.status, answer.error["code"]) == (401, "invalid_api_key"), path
-            assert answer.headers["www-authenticate"].startswith("Basic")  # a browser asks for the key
+            assert "Basic realm" in answer.headers["www-authenticate"]  # a browser asks for the key
     for key in ("first-key", "second-key"):
         assert server.get("/v1/models", {"authorization": f"Bearer {key}"}).status == 200
         basic = base64.b64encode(f"me:{key}".encode()).decode()

@@ -135,7 +135,7 @@ def test_a_body_that_dawdles_is_a_408(start):
 
 
 def test_a_request_that_takes_too_long_is_cancelled(start):
-    server = start("--request-timeout", 0.5, "--max-sequences", 2)
+    server = start("--backend", "torch", "--request-timeout", 0.5, "--max-sequences", 2)  # 2000 tokens take longer
     answer = server.post("/v1/completions", LONG | {"n": 2})
     assert (answer.status, answer.error["type"]) == (408, "timeout_error")
     assert answer.headers["x-should-retry"] == "false"
@@ -206,7 +206,7 @@ def test_where_pages_run_out_texts_are_the_same(start, bytes_folder):
 FAILING = """
 from maestrale.torch_backend import runner
 from maestrale.errors import MemoryLimitError
-whole = runner.TorchRunner.step
+whole = runner.TorchRunner.step  # the server is told to take this backend
 def step(self, batch):
     if (batch.token_ids == 32 + ord("#")).any():
         short = (batch.token_ids == 32 + ord("!")).any()
@@ -220,7 +220,7 @@ main()
 
 @pytest.mark.parametrize(("prompt", "code"), [("one #", None), ("one #!", "out_of_memory")])
 def test_a_step_that_breaks_off_fails_its_request_and_the_server_goes_on(start, prompt, code):
-    server = start(program=("-c", FAILING))
+    server = start("--backend", "torch", program=("-c", FAILING))
     answer = server.complete(prompt)
     assert (answer.status, answer.error["type"], answer.error["code"]) == (500, "server_error", code)
     events = server.complete(prompt, stream=True).events

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ def load_model(
     isa: str | None = None,
     layers: range | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Any:
-    """The extension's Model with its cache. `progress` is called with (tensors done, tensors in all).
+) -> tuple[Any, Body]:
+    """The extension's Model with its cache, and the weights below its head. `progress` is called with (tensors done,
+    tensors in all).
 
     weights: the format that linear layers get which the folder does not hold packed; those keep theirs. half: the
     cache is bf16, else fp32. exact: activations meet quantized weights in bf16. At no time more than one tensor exists
@@ -41,21 +43,46 @@ def load_model(
     """
     config, every = checkpoint.config, range(checkpoint.config.n_layers)
     layers = layers or every
-    model = make_model(config, layout, half=half, threads=threads, exact=exact, isa=isa, layers=layers)
+    options: dict[str, Any] = {"half": half, "threads": threads, "exact": exact, "isa": isa}
+    model = make_model(config, layout, layers=layers, **options)
     load = _Loader(checkpoint, weights, threads, progress)
-    if layers[0] == every[0]:
-        rows = load.embeddings(half)
-        model.set_embeddings(rows.dtype, rows.data)
-    seen = [0] * len(layout.windows)
-    for i in layers:
-        kind = layout.windows.index(config.sliding_window[i])
-        model.add_layer(kind, seen[kind], **load.layer(i))
-        seen[kind] += 1
+    rows = load.embeddings(half) if layers[0] == every[0] else None
+    loaded = [load.layer(i) for i in layers]
+    body = Body(config, layers, rows, loaded, options)
+    body.fill(model, layout)
     if layers[-1] == every[-1]:
         head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
-        model.set_head(load.vector("norm.weight"), kernels.weight(load.linear(head)))
+        body.norm = load.vector("norm.weight")
+        model.set_head(body.norm, kernels.weight(load.linear(head)))
     checkpoint.verify_unchanged()
-    return model
+    return model, body
+
+
+@dataclass
+class Body:
+    """The weights below the head, of which several Models may be made, each with a cache of its own."""
+
+    config: ModelConfig
+    layers: range
+    rows: StoredTensor | None
+    loaded: list[dict[str, Any]]
+    options: dict[str, Any]
+    norm: NDArray[np.float32] | None = None
+
+    def fill(self, model: Any, layout: CacheLayout) -> None:
+        if self.rows is not None:
+            model.set_embeddings(self.rows.dtype, self.rows.data)
+        seen = [0] * len(layout.windows)
+        for i, arguments in zip(self.layers, self.loaded, strict=True):
+            kind = layout.windows.index(self.config.sliding_window[i])
+            model.add_layer(kind, seen[kind], **arguments)
+            seen[kind] += 1
+
+    def twin(self, layout: CacheLayout) -> Any:
+        """A Model without a head on the same weights."""
+        model = make_model(self.config, layout, layers=self.layers, **self.options)
+        self.fill(model, layout)
+        return model
 
 
 def make_model(

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
-from maestrale.config import ModelConfig
 from maestrale.errors import MemoryLimitError, UsageError
-from maestrale.native_backend.load import load_model
+from maestrale.native_backend.embed import embed
+from maestrale.native_backend.load import Body, load_model
 
 THREADS = "MAESTRALE_THREADS"  # the environment variable that says how many threads compute
 MAX_THREADS = 1024
 
 
 class NativeRunner:
-    """A model and its cache on this machine's processor. model: the extension's Model of all layers of `config`."""
+    """A model and its cache on this machine's processor. model: the extension's Model of all layers; body: its weights
+    below the head."""
 
-    def __init__(self, model: Any, layout: CacheLayout, config: ModelConfig):
-        self.model, self._layout, self._config = model, layout, config
+    def __init__(self, model: Any, layout: CacheLayout, body: Body):
+        self.model, self._layout, self._body, self._config = model, layout, body, body.config
 
     @property
     def layout(self) -> CacheLayout:
@@ -48,6 +50,11 @@ class NativeRunner:
             )
         return StepOutput(logits, None if experts is None else experts[:, batch.logit_rows].swapaxes(0, 1))
 
+    def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
+        """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
+        with _memory_errors():
+            yield from embed(self._body, token_ids, self._layout.max_chunk)
+
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
@@ -67,8 +74,8 @@ def open_runner(
 ) -> NativeRunner:
     """The checkpoint's model, with a cache in `dtype` ("F32" or "BF16") and linear layers as `load_model` says."""
     with _memory_errors():
-        model = load_model(checkpoint, layout, weights, half=dtype == "BF16", threads=threads, progress=progress)
-    return NativeRunner(model, layout, checkpoint.config)
+        model, body = load_model(checkpoint, layout, weights, half=dtype == "BF16", threads=threads, progress=progress)
+    return NativeRunner(model, layout, body)
 
 
 def choose_threads(asked: int | None = None) -> int:

@@ -6,11 +6,12 @@ gloo loses a message whose handle is dropped, and waiting twice on a finished se
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -62,6 +63,7 @@ class Link:
             stages = [list(range(s * mesh.tensor, (s + 1) * mesh.tensor)) for s in range(mesh.pipeline)]
             groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for ranks in stages]
         self._stage = groups[self.rank // mesh.tensor]
+        atexit.register(_leave)
 
     def send(self, tensor: torch.Tensor, to: int, idle: bool = False) -> None:
         """Begins to send; `tensor` must not change afterwards. idle: to a `receive(idle=True)`."""
@@ -132,6 +134,13 @@ class Link:
             cause = "does not answer" if "imed out" in words or "imeout" in words else "has gone"
             detail = words.splitlines()[0].split("] ", 1)[-1].split(". ")[0][:200]  # without a source file's path
             raise DistributedError(f"rank {self.rank} on {self.host}: {peer} {cause} ({detail})") from None
+
+
+def _leave() -> None:
+    """Where a rank ends by an error: gloo's threads would abort the process that ends around them."""
+    if dist.is_initialized():
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def _openmpi_rendezvous(size: int) -> None:
