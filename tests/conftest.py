@@ -1,7 +1,10 @@
 """What all tests share: one thread, so that times and sums repeat, and the same examples on every run."""
 
 import os
+import signal
 
+# A shell starts what runs in its background deaf to Ctrl-C, and its children inherit that; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from hypothesis import HealthCheck, settings
