@@ -3,12 +3,12 @@
 import os
 import signal
 
-# A shell starts what runs in its background deaf to Ctrl-C, and its children inherit that; some tests press it.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from hypothesis import HealthCheck, settings
 
+# A shell starts what runs in its background deaf to Ctrl-C, and its children inherit that; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(
     "repeatable",
     deadline=None,
