@@ -7,7 +7,7 @@ mask (all sequences are of one length), logits of the last position only, and on
 implementations. Decoding is timed over a loop of forward calls, and over `generate` itself; the faster one counts.
 
 Our side is the whole engine (scheduling, sampling, detokenizing); theirs is the model and an argmax.
-The results, losses too, go to bench/results/torch-vs-transformers.json and .md; the last line printed is JSON.
+The results, losses too, go to bench/results/BACKEND-vs-transformers.json and .md; the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -139,10 +139,10 @@ class TheirStand:
         return self.torch.tensor([prompt(self.vocab_size, CONTEXT, seed) for seed in range(size)])
 
 
-def work(side: str, folder: Path) -> None:
+def work(side: str, folder: Path, backend: str) -> None:
     """A worker: reads a kind of measurement a line, answers with JSON a line."""
     if side == OURS:
-        stand = Stand(folder, PROMPT_TOKENS, DECODE_TOKENS, BATCHES)
+        stand = Stand(folder, PROMPT_TOKENS, DECODE_TOKENS, BATCHES, backend=backend)
 
         def measure(kind: str) -> dict[str, Any]:
             if kind == "prefill":
@@ -160,9 +160,9 @@ def work(side: str, folder: Path) -> None:
 
 
 class Worker:
-    def __init__(self, side: str, folder: Path):
+    def __init__(self, side: str, folder: Path, backend: str):
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", side, str(folder)],
+            [sys.executable, __file__, "--worker", side, str(folder), "--backend", backend],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -184,9 +184,11 @@ class Worker:
         self.process.wait()
 
 
-def compare(shape: str, folders: dict[str, Path], repeats: int, limits: dict[str, float]) -> dict[str, Any]:
+def compare(
+    shape: str, folders: dict[str, Path], repeats: int, limits: dict[str, float], backend: str
+) -> dict[str, Any]:
     say(f"{shape}: loading both")
-    workers = {side: Worker(side, folder) for side, folder in folders.items()}
+    workers = {side: Worker(side, folder, backend) for side, folder in folders.items()}
     taken: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {OURS: [], THEIRS: []} for kind in KINDS}
     for kind in KINDS:  # warms up, and lets transformers choose its fastest way
         for worker in workers.values():
@@ -230,10 +232,11 @@ def summary(shape: str, kind: str, sides: dict[str, list[dict[str, Any]]], limit
     return row
 
 
-def start_up(folders: dict[str, Path], repeats: int) -> dict[str, Any]:
+def start_up(folders: dict[str, Path], repeats: int, backend: str) -> dict[str, Any]:
     """Seconds from the shell to the first token of S, process start and exit included; theirs reads no tokenizer."""
     text = "This is a test"
     command = [sys.executable, "-m", "maestrale", "generate", str(folders[OURS]), "-p", text, "--max-tokens", "1"]
+    command += ["--backend", backend]
     commands = {OURS: command, THEIRS: [sys.executable, "-c", THEIR_START, str(folders[THEIRS])]}
     seconds: dict[str, list[float]] = {OURS: [], THEIRS: []}
     for repeat in range(repeats + 1):
@@ -267,7 +270,7 @@ def table(found: dict[str, Any]) -> str:
     machine = found["machine"]
     limits = found["limits"]
     lines = [
-        "# The torch backend beside transformers",
+        f"# The {found['backend']} backend beside transformers",
         "",
         f"{machine['processor']}, {machine['threads']} threads; torch {machine['torch']}, transformers "
         f"{machine['transformers']}; bfloat16; {found['date']}; load average {machine['load']:.1f} at the start, "
@@ -328,31 +331,38 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="S, D and M, and the start-up")
     parser.add_argument("--models", nargs="+", choices=("S", "D", "M"), default=[])
     parser.add_argument("--start-up", action="store_true", help="the time from the shell to the first token of S")
+    parser.add_argument("--backend", choices=("native", "torch"), default="native")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="where they are, or are to be made")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
-        work(chosen.worker[0], Path(chosen.worker[1]))
+        work(chosen.worker[0], Path(chosen.worker[1]), chosen.backend)
         return
     shapes = ["S", "D", "M"] if chosen.all else chosen.models
     if not shapes and not chosen.start_up:
         parser.error("give --all, --models or --start-up")
     import torch
 
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "repeats": chosen.repeats, "machine": machine_facts()}
+    found: dict[str, Any] = {
+        "backend": chosen.backend,
+        "date": time.strftime("%Y-%m-%d"),
+        "repeats": chosen.repeats,
+        "machine": machine_facts(),
+    }
     say("measuring the machine's limits")
     found["limits"] = machine_limits(torch.device("cpu"), torch.bfloat16)
     found["models"] = {}
     for shape in shapes:
-        found["models"][shape] = compare(shape, prepare(shape, chosen.checkpoints), chosen.repeats, found["limits"])
+        folders = prepare(shape, chosen.checkpoints)
+        found["models"][shape] = compare(shape, folders, chosen.repeats, found["limits"], chosen.backend)
     if chosen.all or chosen.start_up:
-        found["start_up"] = start_up(prepare("S", chosen.checkpoints), chosen.repeats)
+        found["start_up"] = start_up(prepare("S", chosen.checkpoints), chosen.repeats, chosen.backend)
     found["machine"]["load_after"] = os.getloadavg()[0]
     chosen.results.mkdir(parents=True, exist_ok=True)
-    (chosen.results / "torch-vs-transformers.json").write_text(json.dumps(found, indent=1) + "\n")
-    (chosen.results / "torch-vs-transformers.md").write_text(table(found))
+    (chosen.results / f"{chosen.backend}-vs-transformers.json").write_text(json.dumps(found, indent=1) + "\n")
+    (chosen.results / f"{chosen.backend}-vs-transformers.md").write_text(table(found))
     print(table(found))
     print(json.dumps(found))
 
