@@ -121,11 +121,10 @@ def launch(
     with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
-        backend, device = _backend(
-            options
-            if link is None and not options.adapters and options.output == "logits"
-            else replace(options, backend="torch")
-        )
+        only_torch = link is not None or bool(options.adapters) or options.output != "logits"
+        if only_torch and options.backend == "native":
+            raise UsageError("backend native: adapters, classes, hidden states and several ranks need backend torch")
+        backend, device = _backend(replace(options, backend="torch") if only_torch else options)
         adapters = [open_adapter(place, config) for place in options.adapters.values()]
         classifier = read_classifier(checkpoint.folder, config) if options.output == "classes" else None
         dtype, weights = _formats(options, backend, checkpoint)

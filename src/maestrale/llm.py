@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,25 +20,9 @@ from maestrale.sampling.constraint import read_constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Completion", "Load", "Request"]
+__all__ = ["LLM", "Completion", "Request"]
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What the engine has to do, and has done. pages, free_pages: of the cache, over all kinds of layers.
-
-    prefix_asked, prefix_found: tokens of prompts begun, and how many of them lay in the cache already.
-    """
-
-    waiting: int
-    running: int
-    pages: int
-    free_pages: int
-    preemptions: int
-    prefix_asked: int
-    prefix_found: int
 
 
 class LLM:
@@ -143,7 +127,7 @@ class LLM:
         return self._launched.tokenizer
 
     def counters(self) -> Counters:
-        """What the engine has done so far, and what it holds."""
+        """What the engine has done so far, and what it holds. May be called from any thread."""
         return self._engine.counters()
 
     def generate(
@@ -261,19 +245,6 @@ class LLM:
     @property
     def has_work(self) -> bool:
         return self._engine.has_work
-
-    def load(self) -> Load:
-        """May be called from any thread."""
-        scheduler, pages = self._engine.scheduler, self._engine.pages
-        return Load(
-            waiting=len(scheduler.waiting),
-            running=len(scheduler.running),
-            pages=sum(pages.layout.pages),
-            free_pages=sum(pages.available),
-            preemptions=scheduler.preemptions,
-            prefix_asked=self._engine.prefixes.asked,
-            prefix_found=self._engine.prefixes.found,
-        )
 
     def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
         """The mean of the last hidden states of a text, float32 [dim]; before it a None for each chunk but the last,

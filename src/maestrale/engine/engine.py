@@ -105,7 +105,7 @@ class Engine:
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
             reply=reply,
-            namespace=f"{adapter}/{namespace}",
+            namespace=f"{adapter!r}/{namespace}",
             adapter=self._adapter(adapter),
         )
         check_width(request, layout)

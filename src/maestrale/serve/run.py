@@ -155,19 +155,26 @@ def _warm_up(llm: LLM) -> None:
 
 
 def _watch(context: Context) -> None:
-    load, service = context.llm.load, context.service
+    now, service = context.llm.counters, context.service
     context.metrics.watch(
         gauges=[
             ("maestrale_queued_requests", "Requests that have not begun.", lambda: service.queued),
             ("maestrale_open_requests", "Requests that have not ended.", lambda: service.open_jobs),
-            ("maestrale_engine_waiting", "Prompts that wait in the engine.", lambda: load().waiting),
-            ("maestrale_engine_running", "Prompts that are worked on.", lambda: load().running),
-            ("maestrale_cache_pages", "Pages of the cache.", lambda: load().pages),
-            ("maestrale_cache_pages_free", "Pages that hold nothing needed.", lambda: load().free_pages),
+            ("maestrale_engine_waiting", "Prompts that wait in the engine.", lambda: now().waiting),
+            ("maestrale_engine_running", "Prompts that are worked on.", lambda: now().running),
+            ("maestrale_cache_pages", "Pages of the cache.", lambda: sum(p.total for p in now().pools)),
+            (
+                "maestrale_cache_pages_free",
+                "Pages that hold nothing needed.",
+                lambda: sum(p.free + p.cached for p in now().pools),
+            ),
         ],
         counters=[
-            ("maestrale_prefix_tokens_asked", "Tokens of prompts begun.", lambda: load().prefix_asked),
-            ("maestrale_prefix_tokens_found", "Those that lay in the cache already.", lambda: load().prefix_found),
-            ("maestrale_preemptions", "Prompts that gave up their pages for others.", lambda: load().preemptions),
+            ("maestrale_prefix_tokens_asked", "Tokens of prompts begun.", lambda: now().prefix_asked),
+            ("maestrale_prefix_tokens_found", "Those that lay in the cache already.", lambda: now().prefix_found),
+            ("maestrale_preemptions", "Prompts that gave up their pages for others.", lambda: now().preemptions),
+            ("maestrale_drafted_tokens", "Tokens that speculation tried.", lambda: now().drafted),
+            ("maestrale_accepted_tokens", "Those of them that were right.", lambda: now().accepted),
+            ("maestrale_failed_steps", "Steps that the backend broke off.", lambda: now().failed_steps),
         ],
     )
