@@ -1,4 +1,4 @@
-"""`maestrale eval`: perplexity of a text, read with the windows the model has."""
+"""`maestrale eval`: perplexity of a text, read with the windows the model has; with --choices, right answers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from maestrale.cli import options as opt
+from maestrale.cli.choices import KEYS, Segment, accuracy, read_questions, segments
 from maestrale.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -23,16 +23,8 @@ _LONGEST = (1 << 31) - 1  # positions that the engine counts to
 _MOST_NATS = 700  # whose perplexity is still a float
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Token ids to be read in one go, of which the first `given` are not scored: they are context."""
-
-    ids: list[int]
-    given: int
-
-
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A UTF-8 text file; - is standard input.")],
+    file: Annotated[Path, typer.Argument(help="A UTF-8 text file; - is standard input. Or a .jsonl file.")],
     model: Annotated[
         Path | None,
         typer.Option(
@@ -42,6 +34,14 @@ def evaluate(
     documents: Annotated[
         bool, typer.Option("--documents", help="Three line feeds part the file into texts of their own.")
     ] = False,
+    choices: Annotated[
+        bool,
+        typer.Option("--choices", help="The file holds questions: which of the choices does the model find likeliest?"),
+    ] = False,
+    keys: Annotated[
+        str, typer.Option(help="Of questions: the names of the query, the choices and the right one's number.")
+    ] = ",".join(KEYS),
+    delimiter: Annotated[str, typer.Option(help="Of questions: what stands between a query and a choice.")] = " ",
     max_len: Annotated[
         int | None,
         typer.Option(
@@ -65,15 +65,23 @@ def evaluate(
     ignore_unexpected: opt.IgnoreUnexpected = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Score a text: nats per token, perplexity, bits per byte.
+    """Score a text: nats per token, perplexity, bits per byte. With --choices, multiple choice: acc, acc_norm.
 
     A model with a window in every layer reads a text of any length in one go; its cache keeps its size. Any other
     reads segments of at most its context; each begins with tokens of the one before, which are not scored again.
+
+    Questions stand in a .jsonl or .parquet file, one a line: {"query": "…", "choices": ["…", "…"], "gold": 0}.
     """
-    content = opt.read_text(file)
-    texts = [text for text in (content.split("\n\n\n") if documents else [content]) if text]
-    if not texts:
-        raise UsageError(f"{file}: holds no text")
+    if choices:
+        names = keys.split(",")
+        if len(names) != 3 or documents or stride is not None:
+            raise UsageError("--choices: expected three --keys, parted by commas, and neither --documents nor --stride")
+        questions, texts = read_questions(file, names), []
+    else:
+        content = opt.read_text(file)
+        texts = [text for text in (content.split("\n\n\n") if documents else [content]) if text]
+        if not texts:
+            raise UsageError(f"{file}: holds no text")
     if stride is not None and stride < 1:
         raise UsageError(f"--stride {stride}: expected a whole number of at least 1")
     if max_len is None and _has_window_everywhere(model, ignore_unexpected):
@@ -97,12 +105,19 @@ def evaluate(
     if stride is not None and stride >= llm.max_len:
         raise UsageError(f"--stride {stride}: expected less than the {llm.max_len} tokens read in one go")
     start = time.perf_counter()
-    segments = [
-        segment
-        for text in texts
-        for segment in cut(llm.tokenizer.encode(text), llm.max_len, stride or llm.max_len // 2)
+    if choices:
+        right = accuracy(questions, read(llm, segments(llm, file, questions, delimiter)))
+        if as_json:
+            print(json.dumps(right))
+        else:
+            print(
+                f"{right['questions']:,} questions: " + ", ".join(_share(right, name) for name in ("acc", "acc_norm"))
+            )
+        return
+    parts = [
+        part for text in texts for part in cut(llm.tokenizer.encode(text), llm.max_len, stride or llm.max_len // 2)
     ]
-    logprobs = score(llm, segments)
+    logprobs = score(llm, parts)
     if not logprobs:
         raise UsageError(f"{file}: holds no token to score")
     facts = _facts(logprobs, sum(len(text.encode()) for text in texts), time.perf_counter() - start)
@@ -129,19 +144,27 @@ def cut(ids: list[int], max_len: int, stride: int) -> Iterator[Segment]:
         yield Segment(ids[first:end], before - first)
 
 
-def score(llm: LLM, segments: list[Segment]) -> list[float]:
+def score(llm: LLM, parts: list[Segment]) -> list[float]:
     """Natural logprobs of all scored tokens, in order."""
+    return [logprob for found in read(llm, parts) for logprob in found]
+
+
+def read(llm: LLM, parts: list[Segment]) -> list[list[float]]:
+    """Natural logprobs of each segment's scored tokens."""
     from maestrale.sampling.params import SamplingParams
 
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     with opt.progress_line("reading") as progress:
-        answers = llm.generate([segment.ids for segment in segments], params, progress=progress)
+        answers = llm.generate([part.ids for part in parts], params, progress=progress)
     return [
-        logprob
-        for segment, answer in zip(segments, answers, strict=True)
-        for logprob in (answer.prompt_logprobs or [])[segment.given :]
-        if logprob is not None
+        [logprob for logprob in (answer.prompt_logprobs or [])[part.given :] if logprob is not None]
+        for part, answer in zip(parts, answers, strict=True)
     ]
+
+
+def _share(facts: dict[str, Any], name: str) -> str:
+    error = facts[f"{name}_stderr"]
+    return f"{name} {facts[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _has_window_everywhere(model: Path | None, ignore_unexpected: bool) -> bool:
