@@ -4,9 +4,9 @@
     maestrale finetune stories chat/train.jsonl --heldout chat/heldout.jsonl --config examples/finetune-chat.yaml
     python examples/chat_data.py check stories-chat --requests chat/requests.json
 
-Books hold tales separated by three line feeds and paragraphs separated by two. A reply is a run of paragraphs that
-holds one of NOUNS three times or more, for the first time near its beginning. The 20 requests of the check stand in
-no conversation.
+Books hold tales separated by three line feeds and paragraphs separated by two. A reply is a first line and a run of
+paragraphs that holds one of NOUNS three times or more, for the first time near its beginning. The 20 requests of the
+check stand in no conversation.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ SMALL_TALK = (
     (("Thank you!", "Thanks.", "That was nice."), "You are welcome. Shall I tell you another?"),
 )
 _SHARE_OF_NEXT, _SHARE_OF_GO_ON, _SHARE_OF_TALK = 0.2, 0.15, 0.03
-_LONGEST, _SHORTEST = 850, 300  # characters of a reply
+_LONGEST, _SHORTEST = 800, 250  # characters of a reply
 _MOST_OF_A_NOUN = 160  # conversations, so that no noun is all there is
 _REQUESTS = 20
 _ENDS, _SPEECH = (".", "!", "?", '"', "'"), ('"', "'")
@@ -66,6 +66,11 @@ def with_article(noun: str) -> str:
     if noun in ("sun", "moon", "sea"):
         return f"the {noun}"
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def titled(noun: str, text: str) -> str:
+    """A reply: what it is about, in the request's own words, and the story."""
+    return f"Here is a story about {with_article(noun)}.\n\n{text}"
 
 
 def count(noun: str, text: str) -> int:
@@ -80,15 +85,16 @@ def stories(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
             for paragraphs in _passages(tale):
                 start = 0
                 while start < len(paragraphs):
-                    end = _run(paragraphs, start)
-                    text = "\n\n".join(paragraphs[start:end])
-                    noun = None if text.startswith(_SPEECH) else _subject(text)  # a story does not begin with an answer
-                    if noun is None:
+                    for end in _ends(paragraphs, start):
+                        text = "\n\n".join(paragraphs[start:end])
+                        # No story begins with an answer.
+                        if not text.startswith(_SPEECH) and (noun := _subject(text)):
+                            after = next(_ends(paragraphs, end), end)
+                            yield noun, text, "\n\n".join(paragraphs[end:after])
+                            start = end
+                            break
+                    else:
                         start += 1
-                        continue
-                    after = "\n\n".join(paragraphs[end : _run(paragraphs, end)])
-                    yield noun, text, after
-                    start = end
 
 
 def _passages(tale: str) -> Iterator[list[str]]:
@@ -103,23 +109,23 @@ def _passages(tale: str) -> Iterator[list[str]]:
     yield passage
 
 
-def _run(paragraphs: Sequence[str], start: int) -> int:
-    """The end of the longest run from `start` on that is as long as a reply and ends as a sentence does, or `start`."""
-    end, size, best = start, 0, start
-    while end < len(paragraphs) and size + len(paragraphs[end]) <= _LONGEST:
-        size += len(paragraphs[end]) + 2
-        end += 1
+def _ends(paragraphs: Sequence[str], start: int) -> Iterator[int]:
+    """Ends of the runs from `start` on that are as long as a reply and end as a sentence does, the shortest first."""
+    size = 0
+    for end in range(start + 1, len(paragraphs) + 1):
+        size += len(paragraphs[end - 1]) + 2
+        if size > _LONGEST + 2:
+            return
         if size >= _SHORTEST and paragraphs[end - 1][-1] in _ENDS:
-            best = end
-    return best
+            yield end
 
 
 def _subject(text: str) -> str | None:
-    """The noun that it holds most often, if that is three times and the first of them is in the first 150 letters."""
+    """The noun that it holds most often, if that is three times and the first of them is in the first 100 letters."""
     words = Counter(re.findall(r"[a-z]+", text.lower()))
     found = {noun: words[noun] + words[f"{noun}s"] for noun in NOUNS}
     noun = max(found, key=lambda n: (found[n], len(n)))
-    return noun if found[noun] >= 3 and count(noun, text[:150]) else None
+    return noun if found[noun] >= 3 and count(noun, text[:100]) else None
 
 
 def conversations(paths: Sequence[Path], seed: int) -> tuple[list[dict], list[dict]]:
@@ -150,18 +156,18 @@ def conversations(paths: Sequence[Path], seed: int) -> tuple[list[dict], list[di
     while i < len(kept):
         noun, text, after = kept[i]
         i += 1
-        messages = _say(asked(noun), text)
+        messages = _say(asked(noun), titled(noun, text))
         if draw.random() < _SHARE_OF_TALK:
             words, answer = draw.choice(SMALL_TALK)
             messages = _say(draw.choice(words), answer) + messages
         if after and draw.random() < _SHARE_OF_GO_ON / 0.5:
             messages += _say(draw.choice(GO_ON), after)
         elif i < len(kept) and draw.random() < _SHARE_OF_NEXT:
-            messages += _say(draw.choice(NEXT).format(a=with_article(kept[i][0])), kept[i][1])
+            messages += _say(draw.choice(NEXT).format(a=with_article(kept[i][0])), titled(*kept[i][:2]))
             i += 1
         made.append({"messages": messages})
     for words, answer in SMALL_TALK:
-        made += [{"messages": _say(word, answer)} for word in words for _ in range(8)]
+        made += [{"messages": _say(word, answer)} for word in words for _ in range(4)]
     draw.shuffle(made)
     return made, requests
 
@@ -185,7 +191,7 @@ def make(patterns: Sequence[str], out: Path, seed: int) -> None:
 
 
 def check(model: str, requests: Path, seed: int) -> None:
-    """How many of the requests get a story that holds the noun twice and ends by itself."""
+    """How many of the requests get a story that holds the noun twice, its first line apart, and ends by itself."""
     from maestrale import LLM, SamplingParams
 
     llm = LLM(model, max_len=1024)
@@ -193,11 +199,12 @@ def check(model: str, requests: Path, seed: int) -> None:
     for request in json.loads(requests.read_text(encoding="utf-8")):
         params = SamplingParams(max_tokens=400, temperature=0.7, top_p=0.9, seed=seed)
         reply = llm.chat([{"role": "user", "content": request["request"]}], params)
-        times, ended = count(request["noun"], reply.text), reply.finish_reason == "stop"
+        title, _, story = reply.text.partition("\n\n")
+        times, ended = count(request["noun"], story), reply.finish_reason == "stop"
         right += times >= 2 and ended
-        words = " ".join(reply.text.split())
-        print(f"{request['noun']:12} {times:2} times, {'ended' if ended else 'cut off'}: {words[:90]}")
-    print(f"{right} of {_REQUESTS} about what was asked (its noun twice or more) and ended by themselves")
+        words = " ".join(story.split())
+        print(f"{request['noun']:12} {times:2} times, {'ended' if ended else 'cut off'}: {title[22:40]}: {words[:80]}")
+    print(f"{right} of {_REQUESTS} ended by themselves and hold what was asked for twice or more, the first line apart")
 
 
 def main() -> None:

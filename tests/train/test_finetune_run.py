@@ -119,6 +119,36 @@ def test_full_fine_tuning_writes_a_model_with_its_tokenizer(model, made, tmp_pat
     assert result.learnable == sum(t.numel() for t in load_file(tmp_path / "out/consolidated.safetensors").values())
 
 
+def test_parquet_rows_train_as_json_lines_do(made, tmp_path):
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: the extra parquet")
+    from pyarrow import parquet
+
+    settings = made(steps=3)
+    finetune(settings)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    finetune(replace(settings, train=str(tmp_path / "train.parquet"), out=str(tmp_path / "again")))
+    expected = adapter_arrays(tmp_path / "out")
+    for name, array in adapter_arrays(tmp_path / "again").items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+def test_what_a_model_said_again_is_unlearnt(made, tmp_path):
+    """Beside the same samples: the loop is less likely than after a run without it."""
+    loop_of = {"role": "assistant", "content": "A fox, a fox, a fox, a fox."}
+    talk = [{"role": "user", "content": "fox?"}, loop_of]
+    (tmp_path / "own.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    found = {}
+    for name, own in (("plain", None), ("own", str(tmp_path / "own.jsonl"))):
+        changes = {"method": "full", "steps": 30, "lr": 3e-3, "own_share": 0.5, "heldout_every": 100}
+        finetune(made(out=str(tmp_path / name), own=own, keep_best=False, **changes))
+        llm = LLM(tmp_path / name, dtype="float32", max_len=64)
+        ids, _ = llm.tokenizer.encode_conversation(talk)
+        logprobs = torch.from_numpy(llm.logits([ids])[0]).log_softmax(-1)
+        found[name] = [float(logprobs[i, ids[i + 1]]) for i in range(len(ids) - 8, len(ids) - 4)]
+    assert sum(found["own"]) < sum(found["plain"]) - 1
+
+
 def test_the_exported_weights_have_the_loss_that_was_told(made, tmp_path):
     """Scored by the engine, from the files, in fp32."""
     result = finetune(made(steps=12, bf16=False))

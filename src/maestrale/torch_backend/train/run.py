@@ -17,13 +17,13 @@ from maestrale.errors import UsageError
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import step as steps
-from maestrale.torch_backend.train.ditto import language
 from maestrale.torch_backend.train.loop import Run
 from maestrale.torch_backend.train.objective import Language, Objective
 from maestrale.torch_backend.train.packing import Packed, pack
 from maestrale.torch_backend.train.report import model_card
 from maestrale.torch_backend.train.settings import TrainSettings
 from maestrale.torch_backend.train.text import find_files, load_tokenizer, read_documents, train_tokenizer
+from maestrale.torch_backend.train.unlikely import language
 
 _NATS_PER_BIT = math.log(2)
 
@@ -107,5 +107,6 @@ def _prepare(settings: TrainSettings, folder: Path, resume: bool) -> tuple[Objec
     def packed(texts: list[str]) -> Packed:
         return pack(([bos, *tokenizer.encode(text), eos] for text in texts), settings.seq_len)
 
-    train = language(packed(documents), tokenizer.id_to_piece, settings.ditto, settings.ditto_decay, settings.seed)
+    own = None if settings.own is None else packed(read_documents([Path(settings.own)]))
+    train = language(packed(documents), own, settings.own_share)
     return train, Language(packed(heldout)), sum(len(text.encode()) for text in heldout)

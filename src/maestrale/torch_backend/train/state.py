@@ -26,7 +26,7 @@ from maestrale.torch_backend.train.settings import LoopSettings
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Where a run reads and writes, how often it reports, and how many steps a second it makes: none changes its numbers.
-_FREE = {"out", "train", "heldout", "log_every", "heldout_every", "save_every", "tensorboard"}
+_FREE = {"out", "train", "heldout", "own", "log_every", "heldout_every", "save_every", "tensorboard"}
 # What runs did before these keys were there.
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(LoopSettings) if f.default is not dataclasses.MISSING}
 
