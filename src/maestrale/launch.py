@@ -26,6 +26,7 @@ from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from maestrale.checkpoint.quantize import Quantizer
     from maestrale.torch_backend.parallel.link import Link
 
 T = TypeVar("T")
@@ -198,6 +199,17 @@ def _check(options: Options) -> None:
         raise UsageError(f"weights bf16 and dtype {options.dtype} contradict each other: give one of them")
     if options.device != "auto" and options.device.split(":")[0] not in _MAX_CHUNK:
         raise UsageError(f"device {options.device!r}: expected auto, cpu, cuda, cuda:1 …")
+
+
+def nearest_rounding() -> Quantizer:
+    """Rounding to nearest: the kernels', where they are built, else numpy's."""
+    from maestrale.native_backend.kernels import missing
+
+    if missing() is None:
+        from maestrale.native_backend.rounding import round_to_nearest
+    else:
+        from maestrale.checkpoint.rounding import round_to_nearest
+    return round_to_nearest
 
 
 def _backend(options: Options) -> tuple[str, str]:

@@ -26,10 +26,11 @@ namespace maestrale::avx512 {
 #include "limits.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "rounding.inl"
 
 extern const Kernels table;
 const Kernels table = {"avx512", prepare, linear, swiglu, read_all, multiply_all,
-                       norm, scores, mix, write_keys, attend};
+                       norm, scores, mix, write_keys, attend, round_block};
 }  // namespace maestrale::avx512
 
 #if defined(__clang__)

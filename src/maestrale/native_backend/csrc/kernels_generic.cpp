@@ -14,8 +14,9 @@ namespace maestrale::generic {
 #include "limits.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "rounding.inl"
 
 extern const Kernels table;
 const Kernels table = {"generic", prepare, linear, swiglu, read_all, multiply_all,
-                       norm, scores, mix, write_keys, attend};
+                       norm, scores, mix, write_keys, attend, round_block};
 }  // namespace maestrale::generic

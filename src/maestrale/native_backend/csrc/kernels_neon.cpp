@@ -24,10 +24,11 @@ namespace maestrale::neon {
 #include "limits.inl"
 #include "rows.inl"
 #include "attention.inl"
+#include "rounding.inl"
 
 extern const Kernels table;
 const Kernels table = {"neon", prepare, linear, swiglu, read_all, multiply_all,
-                       norm, scores, mix, write_keys, attend};
+                       norm, scores, mix, write_keys, attend, round_block};
 }  // namespace maestrale::neon
 
 #if defined(__clang__)
