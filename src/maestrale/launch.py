@@ -56,10 +56,10 @@ class Options:
     threads: int | None = None
     prefix_cache: bool = True
     speculate: bool = True
-    pipeline: int | None = None
-    tensor: int | None = None
-    expert: int = 1
-    timeout: float = 120.0  # seconds, of a rank that should answer
+    num_pipeline_ranks: int | None = None
+    tensor_parallel: int | None = None
+    expert_parallel: int = 1
+    distributed_timeout: float = 120.0  # seconds, of a rank that should answer
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     output: str = "logits"  # or "hidden", what the output layer reads; or "classes", a classifier's scores
 
@@ -93,6 +93,13 @@ def model_folder(path: str | Path | None) -> Path:
     bundled = BUNDLED / str(path or "stories")
     named = path is None or ("/" not in str(path) and not os.path.lexists(path) and bundled.is_dir())
     return bundled if named else Path(cast(str | Path, path))
+
+
+def kernels_here() -> str:
+    """Which instruction set the native backend computes with on this machine, in a few words."""
+    from maestrale.native_backend.kernels import describe
+
+    return describe()
 
 
 def longest_context(config: ModelConfig, max_len: int, batch: int, element_bytes: int, budget: int) -> int:
@@ -259,24 +266,27 @@ def _formats(options: Options, backend: str, checkpoint: Checkpoint) -> tuple[st
 
 def _link(options: Options) -> Link | None:
     """This process's links to the other ranks that torchrun or mpirun started; None where it is alone."""
-    asked = [options.pipeline, options.tensor, options.expert]
+    asked = [options.num_pipeline_ranks, options.tensor_parallel, options.expert_parallel]
     if not RANKS & set(os.environ):
         if any(value not in (None, 1) for value in asked):
+            count = (options.num_pipeline_ranks or 1) * (options.tensor_parallel or 1)
             raise UsageError(
                 "a model over several ranks needs as many processes: start with  "
-                f"torchrun --nproc-per-node {(options.pipeline or 1) * (options.tensor or 1)} -m maestrale …"
+                f"torchrun --nproc-per-node {count} -m maestrale …"
             )
         return None
     from maestrale.torch_backend.parallel.link import Link, world
 
     size = world()[1]
-    tensor = options.tensor or (1 if options.pipeline is None else max(1, size // options.pipeline))
-    mesh = Mesh(options.pipeline or max(1, size // tensor), tensor, options.expert)
+    tensor = options.tensor_parallel or (
+        1 if options.num_pipeline_ranks is None else max(1, size // options.num_pipeline_ranks)
+    )
+    mesh = Mesh(options.num_pipeline_ranks or max(1, size // tensor), tensor, options.expert_parallel)
     if mesh.size != size:
         raise UsageError(
             f"{mesh.pipeline} pipeline ranks of {mesh.tensor} shards are {mesh.size} processes; {size} were started"
         )
-    return Link(mesh, options.timeout) if size > 1 else None
+    return Link(mesh, options.distributed_timeout) if size > 1 else None
 
 
 def _tokenizer(folder: Path, vocab_size: int, required: bool) -> tuple[Tokenizer | None, CheckpointError | None]:

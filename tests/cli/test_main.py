@@ -86,7 +86,8 @@ def test_what_ends_a_verb_becomes_an_exit_code(command, monkeypatch, error, code
     def verb() -> None:
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    monkeypatch.setitem(cli.VERBS, "verb", "")
+    monkeypatch.setattr(cli, "find_verb", lambda name: verb)
     run = command("verb")
     assert (run.code, run.out, run.err) == (code, "", line)
 
@@ -96,7 +97,8 @@ def test_debug_shows_the_traceback_and_keeps_the_code(command, monkeypatch, args
     def verb() -> None:
         raise MaestraleError("gone wrong")
 
-    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    monkeypatch.setitem(cli.VERBS, "verb", "")
+    monkeypatch.setattr(cli, "find_verb", lambda name: verb)
     run = command(*args)
     assert run.code == MaestraleError.exit_code
     assert run.err.startswith("Traceback")
@@ -107,7 +109,8 @@ def test_a_bug_is_not_hidden(monkeypatch):
     def verb() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    monkeypatch.setitem(cli.VERBS, "verb", "")
+    monkeypatch.setattr(cli, "find_verb", lambda name: verb)
     monkeypatch.setattr(sys, "argv", ["maestrale", "verb"])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError):
