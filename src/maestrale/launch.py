@@ -94,6 +94,13 @@ def model_folder(path: str | Path | None) -> Path:
     return bundled if named else Path(cast(str | Path, path))
 
 
+def kernels_here() -> str:
+    """Which instruction set the native backend computes with on this machine, in a few words."""
+    from maestrale.native_backend.kernels import describe
+
+    return describe()
+
+
 def longest_context(config: ModelConfig, max_len: int, batch: int, element_bytes: int, budget: int) -> int:
     """The most tokens, up to `max_len`, of each of `batch` sequences whose cache fits `budget` bytes on the CPU."""
 

@@ -42,6 +42,7 @@ def bench(
     is JSON; with --json it is the only one.
     """
     from maestrale.checkpoint.dtypes import TORCH_NAMES
+    from maestrale.launch import kernels_here
 
     sizes = read_sizes(batch)
     for name, value in (("prompt-tokens", prompt_tokens), ("decode-tokens", decode_tokens), ("repeats", repeats)):
@@ -56,6 +57,7 @@ def bench(
         "backend": launched.backend,
         "dtype": TORCH_NAMES[launched.dtype],
         "device": launched.device,
+        "kernels": kernels_here() if launched.backend == "native" else None,
         "load_seconds": time.perf_counter() - start,
         "prompt_tokens": prompt_tokens,
         "context_tokens": CONTEXT,
@@ -296,6 +298,8 @@ def _show(facts: dict[str, Any]) -> None:
             f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s in {facts['dtype']} "
             f"(pre-fill), {limits['read_bytes_per_second'] / 1e9:,.1f} GB/s read (decode)"
         )
+    if facts["kernels"]:
+        console.print(f"kernels: {facts['kernels']}")
     console.print(
         f"loaded in {facts['load_seconds']:.1f} s; peak memory {opt.readable_bytes(facts['peak_memory_bytes'])}"
     )

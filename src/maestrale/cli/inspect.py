@@ -83,7 +83,7 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     length does, which windows in all layers make possible.
     """
     from maestrale.checkpoint.dtypes import byte_count
-    from maestrale.launch import longest_context
+    from maestrale.launch import kernels_here, longest_context
     from maestrale.memory import available_memory, cache_budget
     from maestrale.plan import cache_bytes, count_parameters
 
@@ -117,6 +117,7 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
             "bytes_without_windows": batch * cache_bytes(unwindowed, length, element_bytes),
             "longest_context": None if longest == _LONGEST else longest,
         },
+        "kernels": kernels_here(),
         "memory": {"available": memory, "cache_budget": budget, "fits": weight_bytes <= memory and length <= longest},
     }
 
@@ -170,6 +171,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("cache", f"{_size(cache['bytes'])} at {cache['length']:,} tokens{sequences}"),
         ("without windows", _size(cache["bytes_without_windows"])),
         ("memory here", f"{_size(memory['available'])}, of which {_size(memory['cache_budget'])} for the cache"),
+        ("kernels here", facts["kernels"]),
         ("fits here", "yes" if memory["fits"] else "no"),
         ("longest that fits", longest),
     ]
