@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from maestrale.batch import CacheLayout, Runner
-from maestrale.checkpoint.adapter import open_adapter
-from maestrale.checkpoint.classifier import read_classifier
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
@@ -26,6 +24,9 @@ from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from maestrale.checkpoint.adapter import Adapter
+    from maestrale.checkpoint.classifier import Classifier
+    from maestrale.checkpoint.quantize import Quantizer
     from maestrale.torch_backend.parallel.link import Link
 
 T = TypeVar("T")
@@ -143,8 +144,7 @@ def launch(
         if only_torch and options.backend == "native":
             raise UsageError("backend native: adapters, classes, hidden states and several ranks need backend torch")
         backend, device = _backend(replace(options, backend="torch") if only_torch else options)
-        adapters = [open_adapter(place, config) for place in options.adapters.values()]
-        classifier = read_classifier(checkpoint.folder, config) if options.output == "classes" else None
+        adapters, classifier = _additions(options, checkpoint)
         dtype, weights = _formats(options, backend, checkpoint)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
         tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
@@ -204,6 +204,20 @@ def launch(
     return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes, element_bytes, labels)
 
 
+def _additions(options: Options, checkpoint: Checkpoint) -> tuple[list[Adapter], Classifier | None]:
+    """What is asked for beside the model itself; imported here, since few ask."""
+    adapters, classifier = [], None
+    if options.adapters:
+        from maestrale.checkpoint.adapter import open_adapter
+
+        adapters = [open_adapter(place, checkpoint.config) for place in options.adapters.values()]
+    if options.output == "classes":
+        from maestrale.checkpoint.classifier import read_classifier
+
+        classifier = read_classifier(checkpoint.folder, checkpoint.config)
+    return adapters, classifier
+
+
 def _alone(work: Callable[[], T]) -> T:
     return work()
 
@@ -218,6 +232,17 @@ def _check(options: Options) -> None:
         raise UsageError(f"weights bf16 and dtype {options.dtype} contradict each other: give one of them")
     if options.device != "auto" and options.device.split(":")[0] not in _MAX_CHUNK:
         raise UsageError(f"device {options.device!r}: expected auto, cpu, cuda, cuda:1 …")
+
+
+def nearest_rounding() -> Quantizer:
+    """Rounding to nearest: the kernels', where they are built, else numpy's."""
+    from maestrale.native_backend.kernels import missing
+
+    if missing() is None:
+        from maestrale.native_backend.rounding import round_to_nearest
+    else:
+        from maestrale.checkpoint.rounding import round_to_nearest
+    return round_to_nearest
 
 
 def _backend(options: Options) -> tuple[str, str]:

@@ -11,10 +11,9 @@ from maestrale import LLM, launch
 from maestrale.batch import CacheLayout
 from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.reader import open_checkpoint
-from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.engine.layout import sequence_bytes
 from maestrale.errors import UsageError
-from maestrale.launch import Options, cache_element
+from maestrale.launch import Options, cache_element, nearest_rounding
 from maestrale.native_backend.load import make_model
 
 WIDE = {
@@ -32,7 +31,7 @@ def logits(folder, **options):
 @pytest.mark.parametrize("name", WIDE)
 def test_a_quantized_folder_is_the_float_one_quantized_while_loading_to_the_last_bit(name, weights, tmp_path):
     source = make_folder(tmp_path / "source", WIDE[name], dtype=torch.bfloat16)
-    quantize(source, tmp_path / "packed", Recipe(weights), round_to_nearest)
+    quantize(source, tmp_path / "packed", Recipe(weights), nearest_rounding())
     assert np.array_equal(logits(tmp_path / "packed"), logits(source, weights=weights))
 
 
@@ -108,7 +107,7 @@ def test_what_a_backend_cannot_do_is_refused_with_the_remedy(options, words, tmp
 
 
 def test_a_folder_is_not_quantized_twice(tmp_path):
-    quantize(make_folder(tmp_path / "source", WIDE["dense"]), tmp_path / "packed", Recipe("int8"), round_to_nearest)
+    quantize(make_folder(tmp_path / "source", WIDE["dense"]), tmp_path / "packed", Recipe("int8"), nearest_rounding())
     with pytest.raises(UsageError, match="holds int8 already: leave weights out"):
         launch.launch(tmp_path / "packed", Options(max_len=32, weights="int4"))
 

@@ -193,7 +193,7 @@ class _Loader:
             data = words.view(np.float32) if self.weights == "f32" else words.view(np.uint16).reshape(*words.shape, 2)
             return PackedWeight(self.weights, (n, k), data)
         from maestrale.checkpoint.quantize import Recipe  # not on the way of a packed folder
-        from maestrale.checkpoint.rounding import round_to_nearest
+        from maestrale.native_backend.rounding import round_to_nearest
 
         format, group = Recipe(self.weights).of(name, tensor.shape[1])
         return round_to_nearest(name, tensor, format, group, self.threads)

@@ -17,8 +17,6 @@
 
 namespace maestrale {
 
-enum class Stored { f32, bf16, f16 };  // how the rows of the embeddings lie in their file
-
 constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
 
 struct Shape {
