@@ -38,7 +38,7 @@ class Running:
         "auto"
     )
     weights: Annotated[
-        str, Option(help="auto (as stored), bf16, int8 or int4 (quantized while loading).", group=MODEL)
+        str, Option(help="auto (as stored), bf16, int8, int4 or, on a GPU, fp8 (quantized while loading).", group=MODEL)
     ] = "auto"
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1 …", group=MODEL)] = "auto"
     backend: Annotated[str, Option(help="auto (torch on a GPU, else native), native or torch.", group=MODEL)] = "auto"
