@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from maestrale.batch import CacheLayout, Runner
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
+from maestrale.checkpoint.packed_room import is_linear
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.config import ModelConfig
 from maestrale.engine.engine import Engine
@@ -35,7 +36,7 @@ BUNDLED = Path(__file__).parent / "models"
 
 
 _BACKENDS = ("auto", "native", "torch")
-_WEIGHTS = ("auto", "bf16", "int8", "int4")
+_WEIGHTS = ("auto", "bf16", "fp8", "int8", "int4")
 _CACHES = ("auto", "int8")
 _BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
@@ -189,7 +190,15 @@ def launch(
             layout = layout_for(cache_budget(memory, weight_bytes))
             head = None if classifier is None else classifier.weight
             runner = open_torch(
-                checkpoint, layout, dtype, device, progress, adapters, hidden=options.output == "hidden", head=head
+                checkpoint,
+                layout,
+                dtype,
+                device,
+                progress,
+                adapters,
+                hidden=options.output == "hidden",
+                head=head,
+                fp8=weights == "fp8",
             )
     engine = Engine(
         runner,
@@ -258,11 +267,14 @@ def _backend(options: Options) -> tuple[str, str]:
     float16 = read_dtype(options.dtype, "") == "F16"
     if options.backend == "torch" and not torch:
         raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
+    fp8 = options.weights == "fp8"
+    if fp8 and (options.backend == "native" or not torch):
+        raise UsageError("weights fp8: only the torch backend has them, on a GPU; take int8, or backend torch")
     if options.backend == "torch" and quantized:
         what = "cache int8" if bytes_kept else f"weights {options.weights}"
         raise UsageError(f"{what}: the torch backend does not quantize; take backend native")
     if options.backend == "torch" or (options.backend == "auto" and torch and not quantized):
-        asked = options.backend == "torch" or float16 or not on_cpu or no_kernels is not None
+        asked = options.backend == "torch" or float16 or fp8 or not on_cpu or no_kernels is not None
         if asked or (options.device == "auto" and _may_have_gpu()):
             device = _torch_device(options.device)
             if asked or device != "cpu":
@@ -277,10 +289,11 @@ def _backend(options: Options) -> tuple[str, str]:
 
 
 def _formats(options: Options, backend: str, checkpoint: Checkpoint) -> tuple[str, str]:
-    """What is computed in, and what the weights of linear layers are (a format of packed.py; of torch, the dtype)."""
+    """What is computed in, and what the weights of linear layers are (a format of packed.py; of torch, the dtype or
+    fp8)."""
     if backend == "torch":
         dtype = read_dtype("bfloat16" if options.weights == "bf16" else options.dtype, checkpoint.dtype)
-        return dtype, dtype
+        return dtype, "fp8" if options.weights == "fp8" else dtype
     stored = "F32" if checkpoint.dtype == "F32" and options.weights == "auto" else "BF16"
     dtype = read_dtype(options.dtype, stored)
     held = {checkpoint.storage(name)[0] for name in checkpoint.names() if checkpoint.is_packed(name)}
@@ -355,7 +368,11 @@ def _memory(device: str) -> int:
 def _tensor_bytes(checkpoint: Checkpoint, backend: str, dtype: str, weights: str) -> dict[str, float]:
     plan, config = tensor_plan(checkpoint.config), checkpoint.config
     if backend == "torch":
-        return {name: byte_count(dtype, tensor.shape) for name, tensor in plan.items()}
+        rounded = weights == "fp8"
+        return {
+            name: tensor.size if rounded and is_linear(name) else byte_count(dtype, tensor.shape)
+            for name, tensor in plan.items()
+        }
     bits = dict.fromkeys(plan, _BITS["f32"])
     for name, tensor in plan.items():
         if name == "tok_embeddings.weight" or checkpoint.is_packed(name):

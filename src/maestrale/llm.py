@@ -30,7 +30,8 @@ class LLM:
 
     path: a native (params.json) or Hugging Face (config.json) folder; None is the bundled model.
     dtype: what it computes in: "auto" (as stored), "float32", "bfloat16", "float16".
-    weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded.
+    weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded;
+        "fp8" likewise on a GPU.
     device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" (torch on a GPU, else native), "native", "torch".
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
