@@ -40,7 +40,8 @@ def answer(case):
 
         def stage(layout):
             if case["backend"] == "native":
-                return native_stage.open_stage(checkpoint, shard, layout, dtype, case["weights"], 1, lambda *_: None)
+                cache = {"F32": "f32", "BF16": "bf16"}[dtype]
+                return native_stage.open_stage(checkpoint, shard, layout, cache, case["weights"], 1, lambda *_: None)
             return torch_stage.open_stage(checkpoint, shard, layout, dtype, "cpu", link.sum_stage, lambda *_: None)
 
         try:

@@ -125,7 +125,11 @@ def serve(hosts, folder):
         *("-m", "maestrale", "serve", folder, "--num-pipeline-ranks", 2, "--dtype", "float32"),
         *("--host", f"{OUTSIDE}1", "--port", 8000, "--distributed-timeout", TIMEOUT),
     )
-    eventually(lambda: agents.says("serving bytes on"), 120)
+    try:
+        eventually(lambda: agents.says("serving bytes on"), 120)
+    except AssertionError:
+        agents.close()
+        raise
     return agents
 
 
