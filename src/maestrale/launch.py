@@ -20,7 +20,7 @@ from maestrale.engine.engine import Engine
 from maestrale.engine.layout import longest_fit, make_layout, sequence_bytes
 from maestrale.errors import CheckpointError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory, cache_budget
-from maestrale.mesh import Mesh
+from maestrale.mesh import Mesh, shards
 from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from maestrale.checkpoint.adapter import Adapter
     from maestrale.checkpoint.classifier import Classifier
     from maestrale.checkpoint.quantize import Quantizer
-    from maestrale.torch_backend.parallel.link import Link
+    from maestrale.parallel.link import Link
 
 T = TypeVar("T")
 RANKS = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"}  # one of these is set in a process that torchrun or mpirun started
@@ -41,6 +41,8 @@ _CACHES = ("auto", "int8")
 _BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
 _MAX_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step where nothing else is asked for
+_MAX_TIMEOUT = 86_400
+_MIN_CHUNK = 128  # the same, where stages share a prompt: shorter ones read the weights too often
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,17 @@ def launch(
     with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
-        only_torch = link is not None or bool(options.adapters) or options.output != "logits"
+        sharded = link is not None and link.mesh.tensor > 1
+        only_torch = sharded or bool(options.adapters) or options.output != "logits"
         if only_torch and options.backend == "native":
-            raise UsageError("backend native: adapters, classes, hidden states and several ranks need backend torch")
+            raise UsageError(
+                "backend native: adapters, classes, hidden states and --tensor-parallel need backend torch"
+            )
         backend, device = _backend(replace(options, backend="torch") if only_torch else options)
         adapters, classifier = _additions(options, checkpoint)
         dtype, weights = _formats(options, backend, checkpoint)
-        max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
+        stages = 1 if link is None else link.mesh.pipeline
+        max_chunk = _default_chunk(device, stages) if options.max_batch_tokens is None else options.max_batch_tokens
         tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
         element_bytes = cache_element(config, dtype, options.cache)
         memory, weight_bytes = _memory(device), int(sum(tensor_bytes.values()))
@@ -171,19 +177,17 @@ def launch(
 
         runner: Runner
         if link is not None:
-            from maestrale.torch_backend.parallel.runner import open_ranks
-
-            here = f"cuda:{link.local_rank}" if device == "cuda" else device
-            parallel = open_ranks(checkpoint, link, dtype, here, layout_for, progress)  # on rank 0 only it returns
-            atexit.register(parallel.close)
-            runner = parallel
+            runner = _open_ranks(
+                checkpoint, link, options, backend, device, dtype, weights, tensor_bytes, layout_for, progress
+            )
         elif backend == "native":
             from maestrale.native_backend.runner import choose_threads
             from maestrale.native_backend.runner import open_runner as open_native
 
             layout = layout_for(cache_budget(memory, weight_bytes))
-            kept = {"F32": "f32", "BF16": "bf16"}[dtype] if options.cache == "auto" else options.cache
-            runner = open_native(checkpoint, layout, kept, weights, choose_threads(options.threads), progress)
+            runner = open_native(
+                checkpoint, layout, _kept(options, dtype), weights, choose_threads(options.threads), progress
+            )
         else:
             from maestrale.torch_backend.runner import open_runner as open_torch
 
@@ -227,6 +231,52 @@ def _additions(options: Options, checkpoint: Checkpoint) -> tuple[list[Adapter],
     return adapters, classifier
 
 
+def _open_ranks(
+    checkpoint: Checkpoint,
+    link: Link,
+    options: Options,
+    backend: str,
+    device: str,
+    dtype: str,
+    weights: str,
+    tensor_bytes: Mapping[str, float],
+    layout_for: Callable[[int], CacheLayout],
+    progress: Callable[[int, int], None],
+) -> Runner:
+    """Returns on rank 0 only."""
+    from maestrale.parallel.runner import Stage, open_ranks
+
+    shard = shards(checkpoint.config, link.mesh)[link.rank]
+    show = progress if link.rank == 0 else lambda done, total: None
+
+    def open_stage(layout: CacheLayout) -> Stage:
+        if backend == "native":
+            from maestrale.native_backend.runner import choose_threads
+            from maestrale.native_backend.stage import open_stage as open_native
+
+            threads = choose_threads(options.threads, link.ranks_on_host)
+            return open_native(checkpoint, shard, layout, _kept(options, dtype), weights, threads, show)
+        from maestrale.torch_backend.stage import open_stage as open_torch
+
+        here = f"cuda:{link.local_rank}" if device == "cuda" else device
+        return open_torch(checkpoint, shard, layout, dtype, here, link.sum_stage, show)
+
+    runner = open_ranks(shard, link, shard.bytes(tensor_bytes), layout_for, open_stage)
+    atexit.register(runner.close)
+    return runner
+
+
+def _kept(options: Options, dtype: str) -> str:
+    """How the native backend keeps keys and values."""
+    return {"F32": "f32", "BF16": "bf16"}[dtype] if options.cache == "auto" else options.cache
+
+
+def _default_chunk(device: str, stages: int) -> int:
+    """Tokens a step where nothing is asked for: so that a prompt of one step alone is several over several stages, and
+    all of them work at it."""
+    return max(_MIN_CHUNK, _MAX_CHUNK[device.split(":")[0]] // stages)
+
+
 def _alone(work: Callable[[], T]) -> T:
     return work()
 
@@ -239,6 +289,10 @@ def _check(options: Options) -> None:
             raise UsageError(f"{name} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
     if options.weights == "bf16" and options.dtype not in ("auto", "bfloat16", "bf16"):
         raise UsageError(f"weights bf16 and dtype {options.dtype} contradict each other: give one of them")
+    if not 0 < options.distributed_timeout <= _MAX_TIMEOUT:
+        raise UsageError(
+            f"distributed_timeout {options.distributed_timeout:g}: expected up to {_MAX_TIMEOUT:,} seconds"
+        )
     if options.device != "auto" and options.device.split(":")[0] not in _MAX_CHUNK:
         raise UsageError(f"device {options.device!r}: expected auto, cpu, cuda, cuda:1 …")
 
@@ -316,7 +370,7 @@ def _link(options: Options) -> Link | None:
                 f"torchrun --nproc-per-node {count} -m maestrale …"
             )
         return None
-    from maestrale.torch_backend.parallel.link import Link, world
+    from maestrale.parallel.link import Link, world
 
     size = world()[1]
     tensor = options.tensor_parallel or (

@@ -52,6 +52,9 @@ class Running:
     expert_parallel: Annotated[
         int, Option(help="Under torchrun: groups that a mixture's experts are divided into.", group=MODEL)
     ] = 1
+    distributed_timeout: Annotated[
+        float, Option(help="Seconds after which a rank that does not answer counts as gone.", group=MODEL)
+    ] = 120.0
     ignore_unexpected: IgnoreUnexpected = False
 
     def open(self, path: Path | None, **others: Any) -> LLM:

@@ -46,12 +46,15 @@ def load_model(
     layers = layers or every
     options: dict[str, Any] = {"cache": cache, "threads": threads, "exact": exact, "isa": isa}
     model = make_model(config, layout, layers=layers, **options)
-    load = _Loader(checkpoint, weights, threads, progress)
-    rows = load.embeddings(cache != "f32") if layers[0] == every[0] else None
+    first, last = layers[0] == every[0], layers[-1] == every[-1]
+    mine = tuple(f"layers.{i}." for i in layers)
+    total = sum(name.startswith(mine) for name in checkpoint.names()) + first + 2 * last
+    load = _Loader(checkpoint, weights, threads, total, progress)
+    rows = load.embeddings(cache != "f32") if first else None
     loaded = [load.layer(i) for i in layers]
     body = Body(config, layers, rows, loaded, options)
     body.fill(model, layout)
-    if layers[-1] == every[-1]:
+    if last:
         head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
         body.norm = load.vector("norm.weight")
         model.set_head(body.norm, kernels.weight(load.linear(head)))
@@ -133,10 +136,12 @@ def rope_speeds(config: ModelConfig) -> NDArray[np.float32]:
 class _Loader:
     """Takes tensors one by one and counts them."""
 
-    def __init__(self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]):
+    def __init__(
+        self, checkpoint: Checkpoint, weights: str, threads: int, total: int, progress: Callable[[int, int], None]
+    ):
         self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
         self.pool = kernels.native.Pool(threads)
-        self.done, self.total = 0, len(checkpoint.names())
+        self.done, self.total = 0, total
 
     def layer(self, i: int) -> dict[str, Any]:
         """The arguments of Model.add_layer."""
@@ -200,4 +205,4 @@ class _Loader:
 
     def _count(self) -> None:
         self.done += 1
-        self.progress(min(self.done, self.total), self.total)  # a tied head is a tensor that is read twice
+        self.progress(self.done, self.total)

@@ -7,4 +7,5 @@ NB_MODULE(_native, m) {
   maestrale::bind_attention(m);
   maestrale::bind_pack(m);
   maestrale::bind_model(m);
+  maestrale::bind_shared_sum(m);
 }

@@ -35,5 +35,6 @@ void bind_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_pack(nanobind::module_& m);
 void bind_model(nanobind::module_& m);
+void bind_shared_sum(nanobind::module_& m);
 
 }  // namespace maestrale
