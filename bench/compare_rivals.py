@@ -29,14 +29,13 @@ from make_checkpoint import CHECKPOINTS, SHAPES, make_checkpoint
 RIVALS_FOLDER = Path(__file__).parent / "rivals"
 sys.path.insert(0, str(RIVALS_FOLDER))
 
-from report import KINDS, QUIET, START, TOKENS, write_report  # noqa: E402
+from report import KINDS, OURS, QUIET, START, TOKENS, write_report  # noqa: E402
 
 from maestrale.checkpoint.convert import convert  # noqa: E402
 from maestrale.checkpoint.gguf_writer import convert_to_gguf  # noqa: E402
 from maestrale.checkpoint.writer import atomic_file  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-OURS = "maestrale"
 BITS = ("int4", "int8", "bf16")
 STEPS = {"S": 64, "D": 16, "M": 16}  # of decoding one sequence, in one measurement; half as many of several
 SEQUENCES, PROMPT = 16, 2048

@@ -120,3 +120,13 @@ def test_the_least_time_is_of_reading_or_of_multiplying_whichever_is_longer():
     slow = MACHINE | {"operations_per_second": {"int4": 1e9}}
     assert least_seconds(shape, "decode 16", "int4", slow) == pytest.approx(16 * 2 * weights / 1e9, 1e-3)
     assert least_seconds(DENSE, "prefill 512", "bf16", MACHINE) > 0
+
+
+def test_the_table_of_starts_gives_each_side_its_own_figures_whatever_their_order_in_the_file(tmp_path):
+    ours = {"first_token": [1.0], "load": [0.5], "peak": [2**30]}
+    theirs = {"first_token": [4.0], "load": [3.0], "peak": [2**32]}
+    entry = {"ours": [1.0], "theirs": [4.0], "version": "v", "settings": "s", "commit": "abc", "others": 0.0}
+    entries = {"machine": MACHINE, "D int4 llama.cpp start": entry | {"both": {"llama.cpp": theirs, rivals.OURS: ours}}}
+    text = report.table(entries, report.collect(entries))
+    assert "| D int4 | Maestrale | 1.00 | 0.50 | 1.00 |  |" in text
+    assert "| D int4 | llama.cpp | 4.00 | 3.00 | 4.00 | 4.00 |" in text
