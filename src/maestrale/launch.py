@@ -40,6 +40,7 @@ _WEIGHTS = ("auto", "bf16", "fp8", "int8", "int4")
 _CACHES = ("auto", "int8")
 _BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
+_MAX_RANKS = 1 << 16
 _MAX_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step where nothing else is asked for
 _MAX_TIMEOUT = 86_400
 _MIN_CHUNK = 128  # the same, where stages share a prompt: shorter ones read the weights too often
@@ -287,6 +288,10 @@ def _check(options: Options) -> None:
     for name, value, known in (("weights", options.weights, _WEIGHTS), ("backend", options.backend, _BACKENDS)):
         if value not in known:
             raise UsageError(f"{name} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
+    for name in ("num_pipeline_ranks", "tensor_parallel", "expert_parallel"):
+        ranks = getattr(options, name)
+        if ranks is not None and not 0 < ranks <= _MAX_RANKS:
+            raise UsageError(f"{name} = {ranks}: expected a whole number from 1 to {_MAX_RANKS}")
     if options.weights == "bf16" and options.dtype not in ("auto", "bfloat16", "bf16"):
         raise UsageError(f"weights bf16 and dtype {options.dtype} contradict each other: give one of them")
     if not 0 < options.distributed_timeout <= _MAX_TIMEOUT:
@@ -350,13 +355,14 @@ def _formats(options: Options, backend: str, checkpoint: Checkpoint) -> tuple[st
         return dtype, "fp8" if options.weights == "fp8" else dtype
     stored = "F32" if checkpoint.dtype == "F32" and options.weights == "auto" else "BF16"
     dtype = read_dtype(options.dtype, stored)
-    held = {checkpoint.storage(name)[0] for name in checkpoint.names() if checkpoint.is_packed(name)}
+    held = {format for name in checkpoint.names() if (format := checkpoint.packed_format(name))}
     if held and options.weights != "auto" and options.weights not in held:
         raise UsageError(
             f"weights {options.weights}: {checkpoint.folder} holds {', '.join(sorted(held))} already: "
             "leave weights out, or quantize the folder that it was made from"
         )
-    return dtype, {"F32": "f32", "BF16": "bf16"}[dtype] if options.weights == "auto" else options.weights
+    # A folder that has those bits already is run as it is: what it left unquantized, often the head, stays so.
+    return dtype, {"F32": "f32", "BF16": "bf16"}[dtype] if held or options.weights == "auto" else options.weights
 
 
 def _link(options: Options) -> Link | None:

@@ -160,9 +160,10 @@ def test_a_reader_that_goes_away_is_no_error(spawn, models):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_code_5(spawn, models):
+@pytest.mark.parametrize("args", [["inspect"], ["--help"], ["inspect", "--help"], ["--version"]])
+def test_a_full_disk_is_code_5(spawn, args):
     with open("/dev/full", "w") as full:
-        process = spawn("inspect", models["dense"], stdout=full)
+        process = spawn(*args, stdout=full)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 5
     assert err.startswith("maestrale: ")
@@ -174,3 +175,23 @@ def test_closed_output_is_no_error(spawn, models):
     process = spawn("inspect", models["dense"], stdout=None, preexec_fn=lambda: os.close(1), env=quiet)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("port = [1]", "port = [1]: expected a whole number"),
+        ("max-len = 2.5", "max_len = 2.5: expected a whole number"),
+        ("api-key = 3", "api_key = 3: expected a list, each a text"),
+        ("api-key = [3]", "api_key = [3]: expected a list, each a text"),
+        ("log-json = {a = 1}", "log_json = {'a': 1}: expected true or false"),
+        ('path = ["x"]', "path = ['x']: expected a text"),
+        ("drain = true", "drain = True: expected a number"),
+        ("speed = 1", "no such option: speed"),
+    ],
+)
+def test_a_file_of_options_with_a_wrong_value_is_refused_by_name(command, tmp_path, line, words):
+    (tmp_path / "serve.toml").write_text(line)
+    run = command("serve", "--config", tmp_path / "serve.toml")
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert f"serve.toml: {words}" in run.err

@@ -9,6 +9,7 @@ from tiny import DENSE, MIXTURE, TIED, make_folder, tokens
 
 from maestrale import LLM, launch
 from maestrale.batch import CacheLayout
+from maestrale.checkpoint.gguf_writer import convert_to_gguf
 from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.engine.layout import sequence_bytes
@@ -96,6 +97,7 @@ def test_auto_takes_native_but_for_what_torch_alone_can_do(options, expected, tm
         ({"backend": "native", "dtype": "float16"}, "dtype float16: the native backend runs .* take backend torch"),
         ({"backend": "native", "device": "cuda"}, "device cuda: the native backend runs on the CPU"),
         ({"backend": "torch", "weights": "int4"}, "the torch backend does not quantize; take backend native"),
+        ({"tensor_parallel": -1}, "tensor_parallel = -1: expected a whole number from 1 to 65536"),
         ({"backend": "torch", "cache": "int8"}, "cache int8: the torch backend does not quantize; take backend native"),
         ({"cache": "int4"}, "cache 'int4': expected auto or int8"),
         ({"threads": 0}, "threads = 0: expected a whole number from 1 to 1024"),
@@ -110,6 +112,14 @@ def test_a_folder_is_not_quantized_twice(tmp_path):
     quantize(make_folder(tmp_path / "source", WIDE["dense"]), tmp_path / "packed", Recipe("int8"), nearest_rounding())
     with pytest.raises(UsageError, match="holds int8 already: leave weights out"):
         launch.launch(tmp_path / "packed", Options(max_len=32, weights="int4"))
+
+
+@pytest.mark.filterwarnings("ignore:llama.cpp has no window")
+def test_the_bits_that_a_folder_has_already_may_be_asked_for(tmp_path):
+    convert_to_gguf(launch.BUNDLED / "stories", tmp_path / "x.gguf", "q4_0")
+    np.testing.assert_array_equal(logits(tmp_path / "x.gguf", weights="int4"), logits(tmp_path / "x.gguf"))
+    with pytest.raises(UsageError, match="holds int4 already"):
+        launch.launch(tmp_path / "x.gguf", Options(max_len=32, weights="int8", backend="native"))
 
 
 def test_an_environment_variable_that_is_no_number_of_threads_is_refused(tmp_path, monkeypatch):

@@ -74,8 +74,12 @@ class Checkpoint:
 
     def is_packed(self, name: str) -> bool:
         """Whether `packed(name)` is to give a weight, without reading it."""
+        return self.packed_format(name) is not None
+
+    def packed_format(self, name: str) -> str | None:
+        """The format of that weight, "int8" or "int4"; None where there is to be none."""
         place = self._places[name]
-        return isinstance(place, QuantizedPlace) and place.packs
+        return place.packed if isinstance(place, QuantizedPlace) else None
 
     def packed(self, name: str) -> PackedWeight | None:
         """A weight that is stored quantized in a way that packing keeps exactly; None for any other, and for one whose

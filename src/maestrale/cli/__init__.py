@@ -62,9 +62,11 @@ def main() -> None:
         code = error.exit_code
     except click.Abort:
         code = SIGINT_EXIT
-    except MaestraleError as error:  # of an option's own check
+    except (MaestraleError, OSError) as error:  # of an option's own check, or of a help screen that cannot be written
+        if isinstance(error, OSError):
+            _discard_output()
         _complain(str(error))
-        code = error.exit_code
+        code = _exit_code(error)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing left to tidy
     sys.exit(code)
 
@@ -112,7 +114,7 @@ def _debug_option() -> click.Option:
 
 def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        print(f"maestrale {maestrale.__version__}")
+        print(f"maestrale {maestrale.__version__}", flush=True)
         context.exit()
 
 

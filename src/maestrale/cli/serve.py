@@ -13,6 +13,11 @@ from maestrale.cli.declare import Option
 from maestrale.errors import UsageError
 
 _SERVER, _LIMITS = "Server", "Limits"
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # click's types, as TOML has them
+    "integer": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "boolean": ((bool,), "true or false"),
+}
 
 
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
@@ -23,10 +28,17 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         values = tomllib.loads(opt.read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: no TOML: {error}") from None
-    known = {str(parameter.name) for parameter in context.command.params} - {"config", "help", "debug"}
+    known = {str(p.name): p for p in context.command.params if p.name not in ("config", "help", "debug")}
     values = {name.replace("-", "_"): value for name, value in values.items()}
     if unknown := values.keys() - known:
         raise UsageError(f"{path}: no such option: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    for name, value in values.items():
+        kinds, words = _KINDS.get(known[name].type.name, ((str,), "a text"))
+        several = known[name].multiple
+        each = value if several and isinstance(value, list) else [value]
+        if (several and not isinstance(value, list)) or not all(type(one) in kinds for one in each):
+            shape = f"a list, each {words}" if several else words
+            raise UsageError(f"{path}: {name} = {str(value)[:80]}: expected {shape}")
     context.default_map = values
     return path
 
