@@ -58,6 +58,12 @@ TensorParallel = Annotated[
 ExpertParallel = Annotated[
     int, typer.Option(help="Under torchrun: groups that a mixture's experts are divided into.", rich_help_panel=MODEL)
 ]
+DistributedTimeout = Annotated[
+    float,
+    typer.Option(
+        help="Under torchrun: seconds after which a rank that does not answer counts as hanging.", rich_help_panel=MODEL
+    ),
+]
 Adapter = Annotated[
     Path | None,
     typer.Option(help="A LoRA adapter to run the model with, unmerged.", show_default=False, rich_help_panel=MODEL),

@@ -95,6 +95,12 @@ def serve(
     ping: Annotated[
         float, typer.Option(help="Seconds of silence after which a stream says that it lives.", rich_help_panel=_LIMITS)
     ] = 10.0,
+    stream_interval: Annotated[
+        float,
+        typer.Option(
+            help="Least seconds between two events of a stream; 0: one for each step.", rich_help_panel=_LIMITS
+        ),
+    ] = 0.02,
     max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", rich_help_panel=_LIMITS)] = 16 << 20,
     adapter: Annotated[
         list[str] | None,
@@ -112,6 +118,7 @@ def serve(
     num_pipeline_ranks: opt.PipelineRanks = None,
     tensor_parallel: opt.TensorParallel = None,
     expert_parallel: opt.ExpertParallel = 1,
+    distributed_timeout: opt.DistributedTimeout = 120.0,
     ignore_unexpected: opt.IgnoreUnexpected = False,
 ) -> None:
     """Serve a model to OpenAI's, Mistral's and other clients.
@@ -142,6 +149,7 @@ def serve(
         body_timeout=body_timeout,
         write_timeout=write_timeout,
         ping=ping,
+        stream_interval=stream_interval,
         max_body=max_body,
         log_json=log_json,
     )
@@ -157,6 +165,7 @@ def serve(
             num_pipeline_ranks=num_pipeline_ranks,
             tensor_parallel=tensor_parallel,
             expert_parallel=expert_parallel,
+            distributed_timeout=distributed_timeout,
             adapters=adapters,
             max_len=max_len,
             max_batch_tokens=max_batch_tokens,
