@@ -54,9 +54,10 @@ SMALL_TALK = (
     (("Thank you!", "Thanks.", "That was nice."), "You are welcome. Shall I tell you another?"),
 )
 _SHARE_OF_NEXT, _SHARE_OF_GO_ON, _SHARE_OF_TALK = 0.2, 0.15, 0.03
-_LONGEST, _SHORTEST = 800, 300  # characters of a reply
+_LONGEST, _SHORTEST = 850, 300  # characters of a reply
 _MOST_OF_A_NOUN = 160  # conversations, so that no noun is all there is
 _REQUESTS = 20
+_ENDS, _SPEECH = (".", "!", "?", '"', "'"), ('"', "'")
 
 
 def with_article(noun: str) -> str:
@@ -76,27 +77,41 @@ def stories(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     """(noun, a run of paragraphs about it, the run after it in the same tale), none overlapping another."""
     for path in paths:
         for tale in path.read_text(encoding="utf-8").split("\n\n\n"):
-            paragraphs = [p for p in tale.strip().split("\n\n") if len(p) >= 40 and p[-1] in ".!?\"'"]
-            start = 0
-            while start < len(paragraphs):
-                end = _run(paragraphs, start)
-                text = "\n\n".join(paragraphs[start:end])
-                noun = _subject(text) if _SHORTEST <= len(text) <= _LONGEST else None
-                if noun is None:
-                    start += 1
-                    continue
-                after = "\n\n".join(paragraphs[end : _run(paragraphs, end)])
-                yield noun, text, after if _SHORTEST <= len(after) <= _LONGEST else ""
-                start = end
+            for paragraphs in _passages(tale):
+                start = 0
+                while start < len(paragraphs):
+                    end = _run(paragraphs, start)
+                    text = "\n\n".join(paragraphs[start:end])
+                    noun = None if text.startswith(_SPEECH) else _subject(text)  # a story does not begin with an answer
+                    if noun is None:
+                        start += 1
+                        continue
+                    after = "\n\n".join(paragraphs[end : _run(paragraphs, end)])
+                    yield noun, text, after
+                    start = end
+
+
+def _passages(tale: str) -> Iterator[list[str]]:
+    """The paragraphs of a tale, parted where a heading or a verse stands: what does not end as a sentence does."""
+    passage: list[str] = []
+    for paragraph in tale.strip().split("\n\n"):
+        if paragraph[-1:] in (*_ENDS, ":", ",") and "\n" not in paragraph and not paragraph.isupper():
+            passage.append(paragraph)
+            continue
+        yield passage
+        passage = []
+    yield passage
 
 
 def _run(paragraphs: Sequence[str], start: int) -> int:
-    """The end of the longest run from `start` on that is no longer than a reply, of one paragraph at least."""
-    end, size = start, 0
-    while end < len(paragraphs) and (end == start or size + len(paragraphs[end]) <= _LONGEST):
+    """The end of the longest run from `start` on that is as long as a reply and ends as a sentence does, or `start`."""
+    end, size, best = start, 0, start
+    while end < len(paragraphs) and size + len(paragraphs[end]) <= _LONGEST:
         size += len(paragraphs[end]) + 2
         end += 1
-    return end
+        if size >= _SHORTEST and paragraphs[end - 1][-1] in _ENDS:
+            best = end
+    return best
 
 
 def _subject(text: str) -> str | None:

@@ -12,9 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Option
 from maestrale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,23 +28,21 @@ _LARGEST_BATCH = 256  # pre-fill of that many still goes on beside decoding in s
 
 
 def bench(
+    running: opt.Running,
     path: opt.Model = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose pre-fill is measured.")] = 512,
-    decode_tokens: Annotated[int, typer.Option(help="Steps of decoding in one measurement.")] = 32,
-    batch: Annotated[str, typer.Option(help="Sequences decoded at once, one measurement for each.")] = "1,8,16",
-    repeats: Annotated[int, typer.Option(help="Measurements of each kind, after one that warms up.")] = 5,
-    dtype: opt.Dtype = "auto",
-    weights: opt.Weights = "auto",
-    device: opt.Device = "auto",
-    backend: opt.Backend = "auto",
-    threads: opt.Threads = None,
+    prompt_tokens: Annotated[int, Option(help="Tokens of the prompt whose pre-fill is measured.")] = 512,
+    decode_tokens: Annotated[int, Option(help="Steps of decoding in one measurement.")] = 32,
+    batch: Annotated[str, Option(help="Sequences decoded at once, one measurement for each.")] = "1,8,16",
+    repeats: Annotated[int, Option(help="Measurements of each kind, after one that warms up.")] = 5,
     json: opt.Json = False,
 ) -> None:
-    """Measure pre-fill, decoding and memory, and the share reached of what the machine can do.
+    """Measure pre-fill, decoding and memory.
 
-    Decoding starts after 128 tokens of each sequence. The last line is JSON; with --json it is the only one.
+    And the share reached of what the machine can do. Decoding starts after 128 tokens of each sequence. The last line
+    is JSON; with --json it is the only one.
     """
     from maestrale.checkpoint.dtypes import TORCH_NAMES
+    from maestrale.launch import kernels_here
 
     sizes = read_sizes(batch)
     for name, value in (("prompt-tokens", prompt_tokens), ("decode-tokens", decode_tokens), ("repeats", repeats)):
@@ -53,13 +50,15 @@ def bench(
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1")
     start = time.perf_counter()
     with opt.progress_line("loading") as progress:
-        stand = Stand(path, prompt_tokens, decode_tokens, sizes, progress, dtype, weights, device, backend, threads)
+        stand = Stand(path, prompt_tokens, decode_tokens, sizes, progress, **vars(running))
     launched = stand.launched
     facts: dict[str, Any] = {
         "path": str(path) if path else None,
         "backend": launched.backend,
         "dtype": TORCH_NAMES[launched.dtype],
         "device": launched.device,
+        "kernels": kernels_here() if launched.backend == "native" else None,
+        "cache_bytes_per_element": launched.element_bytes,
         "load_seconds": time.perf_counter() - start,
         "prompt_tokens": prompt_tokens,
         "context_tokens": CONTEXT,
@@ -107,7 +106,8 @@ class TimedRunner:
 
 
 class Stand:
-    """A model on the test stand: an engine whose steps are timed, with a cache just large enough."""
+    """A model on the test stand: an engine whose steps are timed, with a cache just large enough. options: fields of
+    launch's."""
 
     def __init__(
         self,
@@ -116,11 +116,7 @@ class Stand:
         decode_tokens: int,
         sizes: Sequence[int],
         progress: Callable[[int, int], None] = lambda done, total: None,
-        dtype: str = "auto",
-        weights: str = "auto",
-        device: str = "auto",
-        backend: str = "auto",
-        threads: int | None = None,
+        **options: Any,
     ):
         from maestrale.launch import Options, launch
 
@@ -128,18 +124,8 @@ class Stand:
         # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.
         self.slack = 2 * max(sizes) + 1
         longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
-        options = Options(
-            dtype,
-            weights,
-            device,
-            backend,
-            max_len=longest,
-            max_sequences=max(sizes),
-            threads=threads,
-            prefix_cache=False,
-            speculate=False,
-        )
-        self.launched: Launched = launch(path, options, progress=progress)
+        sized = Options(max_len=longest, max_sequences=max(sizes), prefix_cache=False, speculate=False, **options)
+        self.launched: Launched = launch(path, sized, progress=progress)
         self.config, self.engine = self.launched.config, self.launched.engine
         self.runner = self.engine.runner = TimedRunner(self.engine.runner)
 
@@ -238,9 +224,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
-    from maestrale.checkpoint.dtypes import byte_count
-
-    config, element_bytes = launched.config, byte_count(launched.dtype, (1,))
+    config, element_bytes = launched.config, launched.element_bytes
     work = prefill_operations(config, facts["prompt_tokens"])
     rate = facts["prefill"]["tokens_per_second"] / facts["prompt_tokens"] * work
     prefill = {"operations": work, "share_of_limit": rate / limits["matmul_operations_per_second"]}
@@ -267,7 +251,7 @@ def prefill_operations(config: ModelConfig, length: int) -> int:
 
 
 def step_bytes(
-    config: ModelConfig, size: int, length: int, element_bytes: int, tensor_bytes: Mapping[str, float] | None = None
+    config: ModelConfig, size: int, length: int, element_bytes: float, tensor_bytes: Mapping[str, float] | None = None
 ) -> int:
     """Bytes that a decode step of `size` sequences of `length` tokens must read: weights and cache.
 
@@ -313,6 +297,8 @@ def _show(facts: dict[str, Any]) -> None:
             f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s in {facts['dtype']} "
             f"(pre-fill), {limits['read_bytes_per_second'] / 1e9:,.1f} GB/s read (decode)"
         )
+    if facts["kernels"]:
+        console.print(f"kernels: {facts['kernels']}")
     console.print(
         f"loaded in {facts['load_seconds']:.1f} s; peak memory {opt.readable_bytes(facts['peak_memory_bytes'])}"
     )

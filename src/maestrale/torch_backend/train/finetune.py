@@ -25,6 +25,7 @@ from maestrale.text.tokenizer import Tokenizer, is_tokenizer_file, load_tokenize
 from maestrale.torch_backend import lora
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.train.ditto import language
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
 from maestrale.torch_backend.train.int4 import to_int4
 from maestrale.torch_backend.train.loop import Run
@@ -154,7 +155,12 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
         if not len(packed):
             raise DataError(f"{settings.train}: every sample is longer than seq_len = {settings.seq_len}")
         test = Language(pack_samples(heldout, settings.seq_len)[0]) if heldout else None
-        return _Data(Language(packed), test, len(train), too_long.cut, len(too_long.left_out))
+
+        def shows(token: int) -> str:
+            return tokenizer.piece(token).decode("utf-8", "replace")
+
+        objective = language(packed, shows, settings.ditto, settings.ditto_decay, settings.seed)
+        return _Data(objective, test, len(train), too_long.cut, len(too_long.left_out))
     kept = [sample for sample in train if _length(sample) <= settings.seq_len]
     test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
     if not kept:

@@ -62,6 +62,8 @@ class FinetuneSettings(LoopSettings):
                 "task dpo needs an adapter (method lora, dora or qlora): the model without it is what it "
                 "is measured against"
             )
+        if self.ditto and self.task != "lm":
+            raise UsageError(f"ditto = {self.ditto}: task {self.task} learns no text; leave it out")
         if self.method == "dora" and self.layout == "native":
             raise UsageError("method dora has no native layout: layout must be peft")
 

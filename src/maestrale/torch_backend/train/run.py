@@ -17,9 +17,10 @@ from maestrale.errors import UsageError
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import step as steps
+from maestrale.torch_backend.train.ditto import language
 from maestrale.torch_backend.train.loop import Run
-from maestrale.torch_backend.train.objective import Language
-from maestrale.torch_backend.train.packing import pack
+from maestrale.torch_backend.train.objective import Language, Objective
+from maestrale.torch_backend.train.packing import Packed, pack
 from maestrale.torch_backend.train.report import model_card
 from maestrale.torch_backend.train.settings import TrainSettings
 from maestrale.torch_backend.train.text import find_files, load_tokenizer, read_documents, train_tokenizer
@@ -87,7 +88,7 @@ def _load(settings: TrainSettings) -> Transformer:
     return model.requires_grad_(True).train()
 
 
-def _prepare(settings: TrainSettings, folder: Path, resume: bool) -> tuple[Language, Language, int]:
+def _prepare(settings: TrainSettings, folder: Path, resume: bool) -> tuple[Objective, Objective, int]:
     """(training data, held-out data, bytes of the held-out text); leaves the tokenizer in `folder`."""
     documents = read_documents(find_files(settings.train))
     heldout = read_documents([Path(settings.heldout)])
@@ -103,7 +104,8 @@ def _prepare(settings: TrainSettings, folder: Path, resume: bool) -> tuple[Langu
     tokenizer = load_tokenizer(path, settings.model.vocab_size)
     bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
 
-    def packed(texts: list[str]) -> Language:
-        return Language(pack(([bos, *tokenizer.encode(text), eos] for text in texts), settings.seq_len))
+    def packed(texts: list[str]) -> Packed:
+        return pack(([bos, *tokenizer.encode(text), eos] for text in texts), settings.seq_len)
 
-    return packed(documents), packed(heldout), sum(len(text.encode()) for text in heldout)
+    train = language(packed(documents), tokenizer.id_to_piece, settings.ditto, settings.ditto_decay, settings.seed)
+    return train, Language(packed(heldout)), sum(len(text.encode()) for text in heldout)

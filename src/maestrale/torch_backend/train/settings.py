@@ -24,9 +24,11 @@ class LoopSettings:
     at once. Then the optimizer's: steps, the peak learning rate lr, reached after warmup_steps and falling, by the
     `schedule`, to lr_end of it; weight_decay of matrices, the gradient norm's limit grad_clip. balance: the weight of
     a mixture's load-balancing loss, of each layer on its own or, if balance_pooled, of all layers together; router_z:
-    the weight of its router z-loss. log_every, heldout_every, save_every: in steps. checkpointing: keep only what
-    stands between layers and compute the rest again for the gradient. compile: let torch.compile make kernels.
-    tensorboard: write its files too. threads: of the processor; 0 is torch's own choice.
+    the weight of its router z-loss. ditto: the share of sequences that get stuck in a sentence, of which the n-th
+    repetition learns to be ditto_decay times as probable as the one before (train/ditto.py). log_every, heldout_every,
+    save_every: in steps. checkpointing: keep only what stands between layers and compute the rest again for the
+    gradient. compile: let torch.compile make kernels. tensorboard: write its files too. threads: of the processor; 0 is
+    torch's own choice.
     """
 
     out: str
@@ -43,6 +45,8 @@ class LoopSettings:
     balance: float = 0.01
     balance_pooled: bool = False
     router_z: float = 0.0
+    ditto: float = 0.0
+    ditto_decay: float = 0.5
     seed: int = 0
     log_every: int = 10
     heldout_every: int = 200
@@ -66,6 +70,9 @@ class LoopSettings:
         for name in ("weight_decay", "balance", "router_z", "lr_end"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected a finite number of at least 0")
+        for name in ("ditto", "ditto_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} = {getattr(self, name)}: expected a number of at least 0 and less than 1")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule = {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
         if self.batch_size % self.micro_batch:
