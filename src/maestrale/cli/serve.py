@@ -87,6 +87,15 @@ def serve(
     ping: Annotated[
         float, Option(help="Seconds of silence after which a stream says that it lives.", group=_LIMITS)
     ] = 10.0,
+    stream_interval: Annotated[
+        float, Option(help="Least seconds between two events of a stream; 0: one for each step.", group=_LIMITS)
+    ] = 0.02,
+    distributed_timeout: Annotated[
+        float,
+        Option(
+            help="Under torchrun: seconds after which a rank that does not answer counts as hanging.", group=_LIMITS
+        ),
+    ] = 120.0,
     max_body: Annotated[int, Option(help="Bytes of a request's body.", group=_LIMITS)] = 16 << 20,
     adapter: Annotated[
         list[str] | None,
@@ -126,12 +135,15 @@ def serve(
         body_timeout=body_timeout,
         write_timeout=write_timeout,
         ping=ping,
+        stream_interval=stream_interval,
         max_body=max_body,
         log_json=log_json,
     )
     code = run(
         settings,
-        lambda: model.open(path, adapters=adapters, max_sequences=max_sequences),
+        lambda: model.open(
+            path, adapters=adapters, max_sequences=max_sequences, distributed_timeout=distributed_timeout
+        ),
     )
     if code:
         raise click.exceptions.Exit(code)
