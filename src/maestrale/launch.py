@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from maestrale.batch import CacheLayout, Runner
-from maestrale.checkpoint.adapter import open_adapter
-from maestrale.checkpoint.classifier import read_classifier
 from maestrale.checkpoint.dtypes import byte_count, read_dtype
 from maestrale.checkpoint.packed_room import is_linear
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
@@ -27,6 +25,9 @@ from maestrale.plan import tensor_plan
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from maestrale.checkpoint.adapter import Adapter
+    from maestrale.checkpoint.classifier import Classifier
+    from maestrale.checkpoint.quantize import Quantizer
     from maestrale.torch_backend.parallel.link import Link
 
 T = TypeVar("T")
@@ -36,6 +37,7 @@ BUNDLED = Path(__file__).parent / "models"
 
 _BACKENDS = ("auto", "native", "torch")
 _WEIGHTS = ("auto", "bf16", "fp8", "int8", "int4")
+_CACHES = ("auto", "int8")
 _BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
 _MAX_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step where nothing else is asked for
@@ -54,6 +56,7 @@ class Options:
     max_sequences: int = 64
     ignore_unexpected: bool = False
     threads: int | None = None
+    cache: str = "auto"
     prefix_cache: bool = True
     speculate: bool = True
     num_pipeline_ranks: int | None = None
@@ -69,7 +72,7 @@ class Launched:
     """A model that is ready to run, and on what. tokenizer_error: why there is none, where there is none.
 
     dtype: what it computes in, a safetensors name. tensor_bytes: what each tensor takes in memory, by canonical name.
-    labels: a classifier's, where it is one that runs.
+    element_bytes: what a number takes in the cache. labels: a classifier's, where it is one that runs.
     """
 
     config: ModelConfig
@@ -80,6 +83,7 @@ class Launched:
     device: str
     dtype: str
     tensor_bytes: dict[str, float]
+    element_bytes: float
     labels: tuple[str, ...] = ()
 
     @property
@@ -102,7 +106,15 @@ def kernels_here() -> str:
     return describe()
 
 
-def longest_context(config: ModelConfig, max_len: int, batch: int, element_bytes: int, budget: int) -> int:
+def cache_element(config: ModelConfig, dtype: str, cache: str) -> float:
+    """Bytes of a number in a cache; int8: a code, and a scale in fp32 for the head_dim of a position. UsageError for a
+    cache that there is not."""
+    if cache not in _CACHES:
+        raise UsageError(f"cache {cache!r}: expected {_CACHES[0]} or {_CACHES[1]}")
+    return byte_count(dtype, (1,)) if cache == "auto" else 1 + 4 / config.head_dim
+
+
+def longest_context(config: ModelConfig, max_len: int, batch: int, element_bytes: float, budget: int) -> int:
     """The most tokens, up to `max_len`, of each of `batch` sequences whose cache fits `budget` bytes on the CPU."""
 
     def size(length: int) -> int:
@@ -133,11 +145,11 @@ def launch(
         if only_torch and options.backend == "native":
             raise UsageError("backend native: adapters, classes, hidden states and several ranks need backend torch")
         backend, device = _backend(replace(options, backend="torch") if only_torch else options)
-        adapters = [open_adapter(place, config) for place in options.adapters.values()]
-        classifier = read_classifier(checkpoint.folder, config) if options.output == "classes" else None
+        adapters, classifier = _additions(options, checkpoint)
         dtype, weights = _formats(options, backend, checkpoint)
         max_chunk = _MAX_CHUNK[device.split(":")[0]] if options.max_batch_tokens is None else options.max_batch_tokens
         tensor_bytes = _tensor_bytes(checkpoint, backend, dtype, weights)
+        element_bytes = cache_element(config, dtype, options.cache)
         memory, weight_bytes = _memory(device), int(sum(tensor_bytes.values()))
         if link is not None:
             link.mesh.check(config)
@@ -153,7 +165,7 @@ def launch(
                 max_len=options.max_len,
                 max_chunk=max_chunk,
                 max_sequences=options.max_sequences,
-                element_bytes=byte_count(dtype, (1,)),
+                element_bytes=element_bytes,
                 budget=budget,
             )
 
@@ -170,7 +182,8 @@ def launch(
             from maestrale.native_backend.runner import open_runner as open_native
 
             layout = layout_for(cache_budget(memory, weight_bytes))
-            runner = open_native(checkpoint, layout, dtype, weights, choose_threads(options.threads), progress)
+            kept = {"F32": "f32", "BF16": "bf16"}[dtype] if options.cache == "auto" else options.cache
+            runner = open_native(checkpoint, layout, kept, weights, choose_threads(options.threads), progress)
         else:
             from maestrale.torch_backend.runner import open_runner as open_torch
 
@@ -197,7 +210,21 @@ def launch(
         speculate=options.speculate,
     )
     labels = () if classifier is None else classifier.labels
-    return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes, labels)
+    return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes, element_bytes, labels)
+
+
+def _additions(options: Options, checkpoint: Checkpoint) -> tuple[list[Adapter], Classifier | None]:
+    """What is asked for beside the model itself; imported here, since few ask."""
+    adapters, classifier = [], None
+    if options.adapters:
+        from maestrale.checkpoint.adapter import open_adapter
+
+        adapters = [open_adapter(place, checkpoint.config) for place in options.adapters.values()]
+    if options.output == "classes":
+        from maestrale.checkpoint.classifier import read_classifier
+
+        classifier = read_classifier(checkpoint.folder, checkpoint.config)
+    return adapters, classifier
 
 
 def _alone(work: Callable[[], T]) -> T:
@@ -216,6 +243,17 @@ def _check(options: Options) -> None:
         raise UsageError(f"device {options.device!r}: expected auto, cpu, cuda, cuda:1 …")
 
 
+def nearest_rounding() -> Quantizer:
+    """Rounding to nearest: the kernels', where they are built, else numpy's."""
+    from maestrale.native_backend.kernels import missing
+
+    if missing() is None:
+        from maestrale.native_backend.rounding import round_to_nearest
+    else:
+        from maestrale.checkpoint.rounding import round_to_nearest
+    return round_to_nearest
+
+
 def _backend(options: Options) -> tuple[str, str]:
     """The backend's name, and that of a device on which it works; UsageError, with the remedy, where there is none.
 
@@ -224,7 +262,8 @@ def _backend(options: Options) -> tuple[str, str]:
     from maestrale.native_backend.kernels import missing
 
     torch, no_kernels = find_spec("torch") is not None, missing()
-    on_cpu, quantized = options.device in ("auto", "cpu"), options.weights in ("int8", "int4")
+    on_cpu, bytes_kept = options.device in ("auto", "cpu"), options.cache == "int8"
+    quantized = options.weights in ("int8", "int4") or bytes_kept
     float16 = read_dtype(options.dtype, "") == "F16"
     if options.backend == "torch" and not torch:
         raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
@@ -232,7 +271,8 @@ def _backend(options: Options) -> tuple[str, str]:
     if fp8 and (options.backend == "native" or not torch):
         raise UsageError("weights fp8: only the torch backend has them, on a GPU; take int8, or backend torch")
     if options.backend == "torch" and quantized:
-        raise UsageError(f"weights {options.weights}: the torch backend does not quantize; take backend native")
+        what = "cache int8" if bytes_kept else f"weights {options.weights}"
+        raise UsageError(f"{what}: the torch backend does not quantize; take backend native")
     if options.backend == "torch" or (options.backend == "auto" and torch and not quantized):
         asked = options.backend == "torch" or float16 or fp8 or not on_cpu or no_kernels is not None
         if asked or (options.device == "auto" and _may_have_gpu()):

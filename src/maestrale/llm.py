@@ -42,6 +42,7 @@ class LLM:
     adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
     of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
+    cache: of keys and values: "auto" (as computed), or "int8", native only: half the memory of bfloat16.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
     prefix_cache: keep the pages of what was computed, for prompts that begin alike.
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
@@ -72,6 +73,7 @@ class LLM:
         adapters: Mapping[str, str | Path] | None = None,
         require_tokenizer: bool = False,
         threads: int | None = None,
+        cache: str = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
         output: str = "logits",
@@ -87,6 +89,7 @@ class LLM:
             max_sequences,
             ignore_unexpected,
             threads=threads,
+            cache=cache,
             prefix_cache=prefix_cache,
             speculate=speculate,
             num_pipeline_ranks=num_pipeline_ranks,

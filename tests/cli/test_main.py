@@ -10,6 +10,7 @@ from byte_models import ENVIRONMENT
 import maestrale
 from maestrale import cli
 from maestrale.errors import DiskError, MaestraleError, MemoryLimitError
+from maestrale.native_backend.kernels import missing
 
 ENDLESS = ("--max-len", 10**6, "--max-tokens", 10**5, "--ignore-eos", "-p", "A")
 
@@ -33,6 +34,29 @@ def test_help_is_quick_and_imports_nothing_heavy():
         assert (code, heavy) == ("0", "[]")
         times.append(float(seconds))
     assert min(times) < 0.3
+
+
+FIRST_TOKEN = """
+import sys
+sys.argv = ["maestrale", "generate", "-p", "Once", "--max-tokens", "1", "--backend", "native"]
+from maestrale.cli import main
+try:
+    main()
+except SystemExit:
+    print(*sys.modules)
+"""
+
+
+@pytest.mark.skipif(missing() is not None, reason="no kernels here")
+def test_nothing_that_takes_long_to_import_stands_before_the_first_token():
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_TOKEN], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    first, loaded = run.stdout.splitlines()
+    assert first.startswith("Once")
+    heavy = {"torch", "mistral_common", "pydantic", "tokenizers", "tiktoken", "typer", "rich", "safetensors"}
+    heavy |= {"numpy.random", "hashlib", "maestrale.checkpoint.adapter", "maestrale.cli.chat"}
+    assert not heavy & set(loaded.split())
 
 
 @pytest.mark.parametrize("verb", [None, *cli.VERBS])

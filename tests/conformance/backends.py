@@ -42,7 +42,8 @@ def open_engine(
         else:
             from maestrale.native_backend.runner import open_runner as open_native
 
-            runner = open_native(checkpoint, layout, dtype, {"F32": "f32", "BF16": "bf16"}[dtype], 2)
+            form = {"F32": "f32", "BF16": "bf16"}[dtype]
+            runner = open_native(checkpoint, layout, form, form, 2)
         return Engine(runner, checkpoint.config.vocab_size, tokenizer, max_sequences)
 
 

@@ -311,3 +311,9 @@ def test_a_logit_that_is_no_number_is_told_under_a_constraint_too():
     row = np.array([0, np.nan, 1], np.float32)
     with pytest.raises(RequestError, match="nan"):
         sample(row, SamplingParams(temperature=0), 0, 0, 0, allowed=Allowed(np.array([0b101], np.uint8), 3))
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**31), st.integers(0, 2**40))
+def test_numbers_are_those_of_numpys_philox(seed, sample, index):
+    generator = np.random.Philox(counter=index << 64, key=sample << 64 | seed % 2**64)
+    assert uniform(seed, sample, index) == (int(generator.random_raw()) >> 11) * 2.0**-53

@@ -58,6 +58,7 @@ def bench(
         "dtype": TORCH_NAMES[launched.dtype],
         "device": launched.device,
         "kernels": kernels_here() if launched.backend == "native" else None,
+        "cache_bytes_per_element": launched.element_bytes,
         "load_seconds": time.perf_counter() - start,
         "prompt_tokens": prompt_tokens,
         "context_tokens": CONTEXT,
@@ -223,9 +224,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
-    from maestrale.checkpoint.dtypes import byte_count
-
-    config, element_bytes = launched.config, byte_count(launched.dtype, (1,))
+    config, element_bytes = launched.config, launched.element_bytes
     work = prefill_operations(config, facts["prompt_tokens"])
     rate = facts["prefill"]["tokens_per_second"] / facts["prompt_tokens"] * work
     prefill = {"operations": work, "share_of_limit": rate / limits["matmul_operations_per_second"]}
@@ -252,7 +251,7 @@ def prefill_operations(config: ModelConfig, length: int) -> int:
 
 
 def step_bytes(
-    config: ModelConfig, size: int, length: int, element_bytes: int, tensor_bytes: Mapping[str, float] | None = None
+    config: ModelConfig, size: int, length: int, element_bytes: float, tensor_bytes: Mapping[str, float] | None = None
 ) -> int:
     """Bytes that a decode step of `size` sequences of `length` tokens must read: weights and cache.
 

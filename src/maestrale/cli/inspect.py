@@ -36,6 +36,7 @@ def inspect(
     ] = None,
     batch: Annotated[int, Option(help="Sequences at once.")] = 1,
     dtype: Annotated[str, Option(help="To run in: float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    cache: opt.Cache = "auto",
     devices: Annotated[
         str | None,
         Option(help="Which divisions fit these: 2x24GB, or 8x80GB."),
@@ -62,7 +63,7 @@ def inspect(
         if value is not None and not 0 < value <= _LONGEST:
             raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
     with open_checkpoint(model_folder(path), ignore_unexpected) as checkpoint:
-        facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype))
+        facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype), cache)
         if planned is not None:
             element_bytes = byte_count(facts["weights"]["dtype"], (1,))
             facts["splits"] = splits(checkpoint.config, planned, facts["cache"]["length"], batch, element_bytes)
@@ -76,14 +77,14 @@ def inspect(
         raise CheckpointError(f"{facts['path']}: NaN or Inf in the weights: {', '.join(bad)}")
 
 
-def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str, cache: str = "auto") -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes, lengths in tokens; weights.bits: stored for a weight, on average.
 
     cache.longest_context: the most tokens of each of `batch` sequences that fit memory.cache_budget; null where any
     length does, which windows in all layers make possible.
     """
     from maestrale.checkpoint.dtypes import byte_count
-    from maestrale.launch import kernels_here, longest_context
+    from maestrale.launch import cache_element, kernels_here, longest_context
     from maestrale.memory import available_memory, cache_budget
     from maestrale.plan import cache_bytes, count_parameters
 
@@ -95,8 +96,8 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     budget = cache_budget(memory, weight_bytes)
     length = length or config.max_position_embeddings or _CONTEXT
     unwindowed = replace(config, sliding_window=(None,) * config.n_layers)
-    cache = batch * cache_bytes(config, length, element_bytes)
-    longest = longest_context(config, _LONGEST, batch, element_bytes, budget)
+    kept = cache_element(config, dtype, cache)
+    longest = longest_context(config, _LONGEST, batch, kept, budget)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -113,8 +114,8 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
         "cache": {
             "length": length,
             "batch": batch,
-            "bytes": cache,
-            "bytes_without_windows": batch * cache_bytes(unwindowed, length, element_bytes),
+            "bytes": batch * cache_bytes(config, length, kept),
+            "bytes_without_windows": batch * cache_bytes(unwindowed, length, kept),
             "longest_context": None if longest == _LONGEST else longest,
         },
         "kernels": kernels_here(),

@@ -25,6 +25,7 @@ IgnoreUnexpected = Annotated[
     bool, Option(help="Go on where the files hold tensors that the model has no place for.", group=MODEL)
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON for programs.")]
+Cache = Annotated[str, Option(help="Of keys and values: auto (as computed) or int8, half of bfloat16.", group=MODEL)]
 MaxTokens = Annotated[int, Option(help="Most tokens to generate for a prompt.")]
 MaxBatchTokens = Annotated[int | None, Option(help="Most tokens computed in one step.", group=MODEL)]
 Temperature = Annotated[float, Option(help="0 takes the likeliest token, 1 draws as the model says.", group=SAMPLING)]
@@ -40,6 +41,7 @@ class Running:
     weights: Annotated[
         str, Option(help="auto (as stored), bf16, int8, int4 or, on a GPU, fp8 (quantized while loading).", group=MODEL)
     ] = "auto"
+    cache: Cache = "auto"
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1 …", group=MODEL)] = "auto"
     backend: Annotated[str, Option(help="auto (torch on a GPU, else native), native or torch.", group=MODEL)] = "auto"
     threads: Annotated[

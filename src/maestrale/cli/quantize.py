@@ -43,14 +43,13 @@ def quantize(
     """
     from maestrale.checkpoint import quantize as quantization
     from maestrale.checkpoint.reader import open_checkpoint
-    from maestrale.checkpoint.rounding import round_to_nearest
-    from maestrale.launch import model_folder
+    from maestrale.launch import model_folder, nearest_rounding
     from maestrale.plan import count_parameters
     from maestrale.text.tokenizer import is_tokenizer_file
 
     src = model_folder(src)
     recipe, start = quantization.Recipe(weights, group, head), time.perf_counter()
-    quantizer = round_to_nearest if calibrate is None else _calibrated(src, calibrate, ignore_unexpected)
+    quantizer = nearest_rounding() if calibrate is None else _calibrated(src, calibrate, ignore_unexpected)
     with opt.progress_line("quantizing") as show:
         quantization.quantize(src, dst, recipe, quantizer, force, ignore_unexpected, show)
     seconds = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ class Engine:
         request = Request(
             prompt,
             params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed,
             length_limit=min(len(prompt) + params.max_tokens, layout.max_len),
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,

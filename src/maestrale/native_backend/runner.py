@@ -67,14 +67,14 @@ def _memory_errors() -> Iterator[None]:
 def open_runner(
     checkpoint: Checkpoint,
     layout: CacheLayout,
-    dtype: str,
+    cache: str,
     weights: str,
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NativeRunner:
-    """The checkpoint's model, with a cache in `dtype` ("F32" or "BF16") and linear layers as `load_model` says."""
+    """The checkpoint's model, with its cache and linear layers as `load_model` says."""
     with _memory_errors():
-        model, body = load_model(checkpoint, layout, weights, half=dtype == "BF16", threads=threads, progress=progress)
+        model, body = load_model(checkpoint, layout, weights, cache=cache, threads=threads, progress=progress)
     return NativeRunner(model, layout, body)
 
 

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "rounding.h"
 
 namespace maestrale {
 
@@ -45,6 +46,7 @@ struct Kernels {
 
   WriteKeys write_keys;
   AttendSpan attend;
+  RoundBlock round_block;
 };
 
 // The tables that this processor can run, the fastest first; `generic` is the last of those for use.

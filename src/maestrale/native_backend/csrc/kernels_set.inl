@@ -57,7 +57,9 @@ const Kernels table = tiled_table(NAME);
 #include "prepare.inl"
 #include "rows.inl"
 #include "attention.inl"
-const Kernels table = {NAME, prepare, linear, swiglu, read_all, multiply_all, norm, scores, mix, write_keys, attend};
+#include "rounding.inl"
+const Kernels table = {NAME, prepare, linear, swiglu, read_all, multiply_all,
+                       norm, scores, mix, write_keys, attend, round_block};
 #endif
 }  // namespace maestrale::SET
 
