@@ -5,7 +5,8 @@
 Makes random weights of Mistral 7B and Mixtral 8x7B on the device (16 and 94 GB: one after the other), checks each
 kernel against the reference on fresh random inputs, measures the ceilings (bytes copied and read a second, operations
 of a bf16 product), and prints each figure beside its limit and its goal, and beside transformers with a compiled static
-cache in the same run. A limit is the larger of bytes / read rate and operations / product rate.
+cache in the same run. A limit is the larger of bytes / read rate and operations / product rate;
+there is none where --only leaves the ceilings out.
 
 --quick: fewer steps and batches. --tiny: small models, which with --device cpu and TRITON_INTERPRET=1 show that the
 script runs; those figures mean nothing. Results, losses too, go to bench/results/gpu.json (not with --tiny).
@@ -131,7 +132,7 @@ class Bench:
         attended = 4 * size * self.context * config.n_heads * config.head_dim * config.n_layers
         operations = (prefill_operations(config, 1) * size + attended) / self.product_rate
         self.report.add(f"{name}: decode, {size} at {self.context}", size / seconds, "tokens/s",
-                        size / max(read, operations), goal)  # fmt: skip
+                        size / bound if (bound := max(read, operations)) else None, goal)  # fmt: skip
         return size / seconds
 
     def engine(self, name: str, runner: Runner, config: ModelConfig, prompts: list[int], counts: list[int]) -> float:
@@ -186,7 +187,7 @@ class Bench:
         seconds = self.seconds(lambda: runner.step(batch), 3)
         operations = count * prefill_operations(config, length)
         self.report.add(f"{name}: pre-fill of {count} x {length}", operations / seconds / 1e12, "TFLOP/s",
-                        self.product_rate / 1e12, ">= 65%")  # fmt: skip
+                        self.product_rate / 1e12 if math.isfinite(self.product_rate) else None, ">= 65%")  # fmt: skip
 
     def windows(self) -> None:
         """A long prompt with and without a window: seconds, and bytes of cache."""

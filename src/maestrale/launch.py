@@ -138,6 +138,8 @@ def launch(
     link = _link(options)
     if link is not None and options.adapters:
         raise UsageError("adapters do not run over several ranks: merge the adapter into its model first")
+    if link is not None and options.weights == "fp8":
+        raise UsageError("weights fp8 do not run over several ranks: start a single process")
     if link is not None and options.output != "logits":
         raise UsageError("embeddings and classes are not computed over several ranks: start a single process")
     together = link.agree if link else _alone
@@ -327,7 +329,7 @@ def _backend(options: Options) -> tuple[str, str]:
     if options.backend == "torch" and not torch:
         raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
     fp8 = options.weights == "fp8"
-    if fp8 and (options.backend == "native" or not torch):
+    if fp8 and (options.backend == "native" or bytes_kept or not torch):
         raise UsageError("weights fp8: only the torch backend has them, on a GPU; take int8, or backend torch")
     if options.backend == "torch" and quantized:
         what = "cache int8" if bytes_kept else f"weights {options.weights}"
