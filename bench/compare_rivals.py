@@ -265,12 +265,13 @@ def compare_start(key: str, models: dict[str, Path], bits: str, chosen: argparse
             with Worker(name, model, bits, chosen, 1, 1024) as worker:
                 worker.ask("prefill", tokens=5, seed=turn)
                 seconds = time.perf_counter() - start
-                peak = worker.ask("prefill", tokens=512, seed=turn)["peak"]
+                if turn == 0:
+                    found[name]["peak"].append(worker.ask("prefill", tokens=512, seed=turn)["peak"])
                 worked -= busy_seconds([worker]) - busy_seconds([])
             if seconds > SLOW:
                 repeats = 2
             if turn:
-                for what, value in (("first_token", seconds), ("load", worker.seconds), ("peak", peak)):
+                for what, value in (("first_token", seconds), ("load", worker.seconds)):
                     found[name][what].append(value)
         turn += 1
     ours, theirs = found.values()
