@@ -10,13 +10,11 @@ from maestrale.torch_backend.triton.choose import choose_kernels
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_gpu_gets_triton_where_it_is_installed_and_the_cpu_never_unasked(monkeypatch):
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_no_device_gets_triton_unasked_before_it_has_been_checked_on_a_gpu(device, monkeypatch):
     monkeypatch.delenv("MAESTRALE_KERNELS", raising=False)
     monkeypatch.setattr(choose, "find_spec", lambda name: object())
-    assert choose_kernels(CPU) == "torch"
-    assert choose_kernels(CUDA) == "triton"
-    monkeypatch.setattr(choose, "find_spec", lambda name: None)
-    assert choose_kernels(CUDA) == "torch"
+    assert choose_kernels(device) == "torch"
 
 
 def test_the_environment_may_choose(monkeypatch):
@@ -24,6 +22,7 @@ def test_the_environment_may_choose(monkeypatch):
     monkeypatch.setenv("MAESTRALE_KERNELS", "torch")
     assert choose_kernels(CUDA) == "torch"
     monkeypatch.setenv("MAESTRALE_KERNELS", "triton")
+    assert choose_kernels(CUDA) == "triton"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_kernels(CPU) == "triton"
 

@@ -14,12 +14,9 @@ KERNELS = ("torch", "triton")
 
 
 def choose_kernels(device: torch.device) -> str:
-    """ "triton" on an NVIDIA GPU where that is installed, else "torch"; or what the environment's MAESTRALE_KERNELS
-    says, where it can be done."""
-    asked = os.environ.get(VARIABLE)
-    if asked is None:
-        nvidia = device.type == "cuda" and torch.version.hip is None
-        return "triton" if nvidia and find_spec("triton") else "torch"
+    """ "torch", or what the environment's MAESTRALE_KERNELS says, where it can be done. Triton's are not taken unasked
+    before they have once been checked on a GPU (`python bench/gpu.py --only checks`)."""
+    asked = os.environ.get(VARIABLE, "torch")
     if asked not in KERNELS:
         raise UsageError(f"{VARIABLE}={asked[:40]!r}: expected {' or '.join(KERNELS)}")
     if asked == "triton":
