@@ -97,7 +97,9 @@ def open_runner(
     """
     place, kernels = torch.device(device), choose_kernels(torch.device(device))
     if fp8 and kernels != "triton":
-        raise UsageError(f"weights fp8: only Triton's kernels have it; {device} runs torch's: set MAESTRALE_KERNELS=triton")
+        raise UsageError(
+            f"weights fp8: only Triton's kernels have it; {device} runs torch's: set MAESTRALE_KERNELS=triton"
+        )
     if fp8 and checkpoint.config.moe is not None:
         raise UsageError("weights fp8: a mixture's are computed with as they are; leave it out")
     keep: Callable[[PackedWeight], nn.Module] | None = None
