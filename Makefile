@@ -38,9 +38,11 @@ format: $(VENV)/.developer
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side by side with transformers on random checkpoints of three shapes: about 9 GB on disk, half an hour on two cores.
+# Side by side with llama.cpp, OpenVINO, vLLM, ONNX Runtime, CTranslate2 and transformers, each in an environment of its
+# own, on random checkpoints of three shapes: about 35 GB on disk, three hours on two cores. It goes on where it stopped.
 bench: $(VENV)/.developer
-	$(BIN)/python bench/compare_transformers.py --all
+	-$(BIN)/python bench/rivals/environments.py
+	$(BIN)/python bench/compare_rivals.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

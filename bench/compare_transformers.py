@@ -147,8 +147,8 @@ def work(side: str, folder: Path, backend: str) -> None:
         def measure(kind: str) -> dict[str, Any]:
             if kind == "prefill":
                 return {"seconds": stand.prefill()}
-            seconds, engine = stand.decode(int(kind.split()[-1]))
-            return {"seconds": seconds, "engine": engine}
+            found = stand.decode(int(kind.split()[-1]))
+            return {"seconds": found.seconds, "engine": found.outside}
     else:
         theirs = TheirStand(folder)
 

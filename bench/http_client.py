@@ -18,11 +18,12 @@ from typing import Any
 
 @dataclass
 class Server:
-    """A server that runs. log: the file it writes to."""
+    """A server that runs. log: the file it writes to. exit_code: when it has ended."""
 
     port: int
     pid: int
     log: Path
+    exit_code: int | None = None
 
 
 @contextmanager
@@ -38,20 +39,36 @@ def serving(*args: object) -> Iterator[Server]:
                 if process.poll() is not None:
                     raise RuntimeError(log.read_text())
                 time.sleep(0.05)
-            yield Server(int(found[1]), process.pid, log)
+            server = Server(int(found[1]), process.pid, log)
+            yield server
         finally:
             process.terminate()
-            process.wait(60)
+            code = process.wait(60)
+        server.exit_code = code
 
 
 @dataclass
 class Reply:
-    """status: 0 where the connection broke. times: when each event came, in seconds from the request."""
+    """status: 0 where the connection broke. times: when each event came, in seconds from the request.
+    content: what came after the head, as it came: `body` is what it says."""
 
     status: int = 0
     times: list[float] = field(default_factory=list)
     content: bytes = b""
+    chunked: bool = False
     whole: bool = False
+
+    @property
+    def body(self) -> bytes:
+        if not self.chunked:
+            return self.content
+        pieces, rest = [], self.content
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            length = int(size or b"0", 16)  # nothing where the connection broke
+            pieces.append(rest[:length])
+            rest = rest[length + 2 :]
+        return b"".join(pieces)
 
 
 async def ask(
@@ -69,12 +86,15 @@ async def ask(
             return reply
         answer = await reader.readuntil(b"\r\n\r\n")
         reply.status = int(answer.split()[1])
+        reply.chunked = b"transfer-encoding: chunked" in answer.lower()
+        pieces = []
         while piece := await reader.read(1 << 16):
-            reply.content += piece
+            pieces.append(piece)
             reply.times += [time.perf_counter() - began] * piece.count(b"data: {")
             if hang_up_after is not None and len(reply.times) >= hang_up_after:
                 return reply
-        reply.whole = reply.content.endswith(b"0\r\n\r\n") or b"content-length" in answer.lower()
+        reply.content = b"".join(pieces)
+        reply.whole = not reply.chunked or reply.content.endswith(b"0\r\n\r\n")
     except (OSError, asyncio.IncompleteReadError):
         pass
     finally:

@@ -20,9 +20,19 @@ from maestrale.plan import count_parameters, tensor_plan
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 _BLOCK = 1 << 24
 _ONE = 0x3F80  # 1.0 in bfloat16
+V1, V3 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"
+_V3_SIZE = 32768  # tokens; V1 has 32000
 
 
-def _shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: int, experts: int = 0) -> ModelConfig:
+def _shape(
+    dim: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    hidden_dim: int,
+    experts: int = 0,
+    vocab_size: int = 32000,
+) -> ModelConfig:
     return ModelConfig(
         dim=dim,
         n_layers=n_layers,
@@ -30,7 +40,7 @@ def _shape(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden_dim: i
         hidden_dim=hidden_dim,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
-        vocab_size=32000,
+        vocab_size=vocab_size,
         norm_eps=1e-5,
         rope_theta=1e6,
         sliding_window=(None,) * n_layers,
@@ -43,11 +53,13 @@ SHAPES = {
     "D": _shape(4096, 8, 32, 8, 14336),  # the layers of Mistral 7B, a quarter of them
     "M": _shape(2048, 8, 16, 4, 5632, experts=8),
     "7B": _shape(4096, 32, 32, 8, 14336),
+    "T": _shape(256, 6, 4, 2, 640, vocab_size=_V3_SIZE),  # little to compute, and a tokenizer with tools
 }
 
 
 def make_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> None:
-    """Writes a native folder with the v1 tokenizer; one tensor at a time is in memory."""
+    """Writes a native folder with a tokenizer, that of v0.3 where the vocabulary is its; one tensor at a time is in
+    memory."""
     draw = np.random.default_rng(seed)
     values = draw.standard_normal(_BLOCK, np.float32) * np.float32(0.02)
     block = cast(StoredTensor.from_array(values, "F32"), "BF16").array
@@ -62,15 +74,18 @@ def make_checkpoint(config: ModelConfig, folder: Path, seed: int = 0) -> None:
     tensors = {name: (lambda shape=shape: tensor(shape)) for name, shape in shapes.items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder, config, tensors)
-    (folder / "tokenizer.model").write_bytes(v1_tokenizer().read_bytes())
+    if config.vocab_size == _V3_SIZE:
+        (folder / "tokenizer.model.v3").write_bytes(packaged(V3).read_bytes())
+    else:
+        (folder / "tokenizer.model").write_bytes(packaged(V1).read_bytes())
 
 
-def v1_tokenizer() -> Path:
-    """The 32000-token SentencePiece model that comes inside the mistral-common package."""
+def packaged(name: str) -> Path:
+    """A SentencePiece model that comes inside the mistral-common package."""
     package = find_spec("mistral_common")
     if package is None or package.origin is None:
         raise SystemExit("mistral-common is not installed: run  pip install maestrale")
-    return Path(package.origin).parent / "data" / "tokenizer.model.v1"
+    return Path(package.origin).parent / "data" / name
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ MODEL is a folder or a bundled model's name. HELDOUT is a UTF-8 text that the mo
 parted by two empty lines; OTHER is a text of the same kind, not the same text, for the calibrated forms (int4).
 Perplexity is read as `maestrale eval --documents` reads it. Agreement: of 20 pieces of 64 tokens cut evenly from
 HELDOUT, the share of positions where the likeliest next token is the one of the model as it is stored (teacher-forced).
+The native backend's rounded activations count in, and each form is measured with an int8 cache too.
 The last line is JSON.
 """
 
@@ -73,10 +74,33 @@ def main() -> None:
         pieces = [[tokenizer.bos_id, *ids[i * step : i * step + PIECE - 1]] for i in range(PIECES)]
         base, wanted = measure(model, texts, pieces, options)
         bits = source.stored_bits().total() / count_parameters(config)[0]
-        rows = [{"form": f"as stored ({source.dtype})", "bits": bits, "perplexity": base}]
+        rows: list[dict] = [{"form": f"as stored ({source.dtype})", "bits": bits, "perplexity": base}]
         print(f"{arguments.model}, {arguments.backend}: {len(ids):,} tokens\n", flush=True)
         print(f"{'form':46} {'bits':>6} {'perplexity':>11} {'change':>8} {'agreement':>10}")
         print(f"{rows[0]['form']:46} {bits:6.2f} {base:11.4f}", flush=True)
+
+        def add(form: str, folder: Path, cache: str, seconds: float) -> None:
+            perplexity, choices = measure(folder, texts, pieces, options | {"cache": cache})
+            with open_checkpoint(folder) as written:
+                bits = written.stored_bits().total() / count_parameters(written.config)[0]
+            same = sum(a == b for one, two in zip(wanted, choices, strict=True) for a, b in zip(one, two, strict=True))
+            row = {
+                "form": form + (", cache int8" if cache == "int8" else ""),
+                "bits": round(bits, 3),
+                "perplexity": perplexity,
+                "change": perplexity / base - 1,
+                "agreement": same / (PIECES * PIECE),
+                "seconds": seconds,
+            }
+            rows.append(row)
+            print(
+                f"{row['form']:46} {bits:6.2f} {perplexity:11.4f} {row['change']:+8.2%} {row['agreement']:10.1%}",
+                flush=True,
+            )
+
+        caches = ("auto", "int8") if arguments.backend == "native" else ("auto",)
+        for cache in caches[1:]:
+            add("as stored", model, cache, 0)
         calibration = []
         if arguments.calibrate:
             calibration = tokenizer.encode(arguments.calibrate.read_text()[:1_000_000], bos=False)
@@ -87,25 +111,8 @@ def main() -> None:
                     quantizer = Calibrated(source, calibration, tokenizer.bos_id) if calibrated else round_to_nearest
                     quantize(model, packed, recipe, quantizer)
                     seconds = time.perf_counter() - start
-                    perplexity, choices = measure(packed, texts, pieces, options)
-                    with open_checkpoint(packed) as written:
-                        bits = written.stored_bits().total() / count_parameters(written.config)[0]
-                same = sum(
-                    a == b for one, two in zip(wanted, choices, strict=True) for a, b in zip(one, two, strict=True)
-                )
-                row = {
-                    "form": form + (", calibrated" if calibrated else ""),
-                    "bits": round(bits, 3),
-                    "perplexity": perplexity,
-                    "change": perplexity / base - 1,
-                    "agreement": same / (PIECES * PIECE),
-                    "seconds": seconds,
-                }
-                rows.append(row)
-                print(
-                    f"{row['form']:46} {bits:6.2f} {perplexity:11.4f} {row['change']:+8.2%} {row['agreement']:10.1%}",
-                    flush=True,
-                )
+                    for cache in caches:
+                        add(form + (", calibrated" if calibrated else ""), packed, cache, seconds)
     print(json.dumps({"model": arguments.model, "backend": arguments.backend, "tokens": len(ids), "rows": rows}))
 
 

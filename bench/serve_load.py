@@ -1,7 +1,11 @@
-"""The server under load beside the offline engine: tokens per second of both, interleaved, and what clients wait for.
+"""The server under load: beside the offline engine, beside long prompts, and beside other servers.
 
-python bench/serve_load.py MODEL --clients 16 --tokens 128. Then the same clients again, while prompts of 2,000 tokens
-keep arriving: the time between two tokens must not suffer. The last line is JSON.
+    python bench/serve_load.py MODEL --clients 16 --tokens 128
+    python bench/serve_load.py MODEL --beside 'llama.cpp=bin/python -m llama_cpp.server --model S.gguf --port {port}'
+
+In turns, round after round: the offline engine on a batch, the server with as many clients, and each server of
+`--beside`, which must speak OpenAI's /v1/completions. Then our clients again, while prompts of 2,000 tokens keep
+arriving. The clients run on the same cores; `client_cores` says how much of them they take. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -10,43 +14,72 @@ import argparse
 import asyncio
 import json
 import random
+import shlex
+import socket
 import statistics
+import subprocess
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from http_client import Reply, Server, ask, serving
+from http_client import Reply, ask, serving
 
 from maestrale import LLM, SamplingParams
 
 TEXT = "/v1/completions"
+WORDS = ["the", "old", "king", "had", "three", "sons", "and", "went", "far", "behind", "mountains", "with", "a", "fox"]
+SHARE, STRETCH = 0.9, 3.0  # of the offline engine's speed; the 99th percentile between two tokens over the median
 
 
-def prompts_for(vocab_size: int, count: int, length: int, seed: int) -> list[list[int]]:
+@dataclass
+class Load:
+    """What clients saw. seconds: from the first request to the last token. client_cores: CPU time of the clients in
+    each of them. tokens: of all replies."""
+
+    seconds: float
+    client_cores: float
+    tokens: int
+    replies: list[Reply]
+
+
+def prompts_for(count: int, words: int, seed: int) -> list[str]:
+    """Texts that begin differently, so that none finds another's pages."""
     rng = random.Random(seed)
-    return [[1, *(rng.randrange(300, vocab_size) for _ in range(length - 1))] for _ in range(count)]
+    return [f"{seed} {i} " + " ".join(rng.choices(WORDS, k=words)) for i in range(count)]
 
 
-async def load(server: Server, prompts: list[list[int]], tokens: int) -> tuple[float, list[Reply]]:
-    """All prompts at once, streamed: tokens per second over all, and the replies."""
-    began = time.perf_counter()
-    body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    replies = await asyncio.gather(*(ask(server.port, TEXT, {"prompt": ids} | body) for ids in prompts))
-    if any(reply.status != 200 or b'"error"' in reply.content for reply in replies):
-        raise RuntimeError(f"a request failed: {replies[0].content[:300]!r}")
-    return len(prompts) * tokens / (time.perf_counter() - began), list(replies)
+async def load(port: int, clients: int, prompts: Sequence[str], tokens: int) -> Load:
+    """So many clients ask for one prompt after the other, streamed. RuntimeError where a request fails."""
+    model = json.loads((await ask(port, "/v1/models", None)).body)["data"][0]["id"]
+    body = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+    began, cpu = time.perf_counter(), time.process_time()
+    waiting, replies = iter(prompts), []
+
+    async def client() -> None:
+        for prompt in waiting:
+            reply = await ask(port, TEXT, {"prompt": prompt} | body)
+            if reply.status != 200 or b'"length"' not in reply.content:  # else it has another number of tokens
+                raise RuntimeError(f"a request failed: {reply.content[:300]!r}")
+            replies.append(reply)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seconds = time.perf_counter() - began
+    return Load(seconds, (time.process_time() - cpu) / seconds, len(replies) * tokens, replies)
 
 
-async def disturbed(server: Server, prompts: list[list[int]], long: list[list[int]], tokens: int) -> list[Reply]:
+async def disturbed(port: int, clients: int, prompts: Sequence[str], long: Sequence[list[int]], tokens: int) -> Load:
     """`load`, while one long prompt after the other arrives."""
-    running = asyncio.create_task(load(server, prompts, tokens))
+    running = asyncio.create_task(load(port, clients, prompts, tokens))
     for ids in long:
         if running.done():
             break
-        await ask(server.port, TEXT, {"prompt": ids, "max_tokens": 1})
-    return (await running)[1]
+        await ask(port, TEXT, {"prompt": ids, "max_tokens": 1})
+    return await running
 
 
-def waits(replies: list[Reply]) -> dict[str, float]:
+def waits(replies: Sequence[Reply]) -> dict[str, float]:
     """Milliseconds: to the first token, and between two, at the median and the 99th percentile."""
     first = sorted(reply.times[0] for reply in replies)
     between = sorted(b - a for reply in replies for a, b in zip(reply.times, reply.times[1:], strict=False))
@@ -58,44 +91,99 @@ def waits(replies: list[Reply]) -> dict[str, float]:
     }
 
 
+@contextmanager
+def beside(command: str) -> Iterator[int]:
+    """Another server, on a port of its own. RuntimeError where it does not answer within ten minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with open("/dev/null", "w") as nowhere:
+        process = subprocess.Popen(shlex.split(command.format(port=port)), stdout=nowhere, stderr=nowhere)
+    try:
+        for _ in range(600):
+            try:
+                if asyncio.run(ask(port, "/v1/models", None)).status == 200:
+                    break
+            except OSError:
+                pass
+            if process.poll() is not None:
+                raise RuntimeError(f"it ended with code {process.returncode}: {command}")
+            time.sleep(1)
+        else:
+            raise RuntimeError(f"it does not answer: {command}")
+        yield port
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def summary(loads: Sequence[Load]) -> dict[str, Any]:
+    """Medians over rounds; waits over all their requests."""
+    return {
+        "requests_per_second": round(statistics.median(len(load.replies) / load.seconds for load in loads), 3),
+        "tokens_per_second": round(statistics.median(load.tokens / load.seconds for load in loads), 1),
+        "client_cores": round(statistics.median(load.client_cores for load in loads), 3),
+        "waits_ms": waits([reply for load in loads for reply in load.replies]),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="stories")
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--each", type=int, default=1, help="requests of a client in a round")
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--prompt", type=int, default=50, help="words of a prompt")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--beside", action="append", default=[], metavar="NAME=COMMAND", help="{port} is filled in")
+    parser.add_argument("--no-offline", action="store_true", help="only servers")
+    parser.add_argument("options", nargs="*", help="for maestrale serve, after --")
     args = parser.parse_args()
-    llm = LLM(args.model, dtype=args.dtype, backend=args.backend, prefix_cache=False)
-    params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True)
-    offline, online, replies, vocab = [], [], [], llm.config.vocab_size
-    with serving(args.model, "--backend", args.backend, "--dtype", args.dtype) as server:
+    others = dict(word.split("=", 1) for word in args.beside)
+    offline: list[float] = []
+    loads: dict[str, list[Load]] = {name: [] for name in ("maestrale", *others)}
+    with ExitStack() as stack:
+        llm = None if args.no_offline else LLM(args.model, prefix_cache=False)
+        ours = stack.enter_context(serving(args.model, *args.options, "--max-len", 4096)).port
+        ports = {"maestrale": ours} | {name: stack.enter_context(beside(command)) for name, command in others.items()}
         for round_ in range(args.rounds + 1):  # the first one warms up
-            prompts = prompts_for(vocab, args.clients, args.prompt, round_)
-            began = time.perf_counter()
-            found = llm.generate(prompts, params)
-            offline.append(sum(len(completion.token_ids) for completion in found) / (time.perf_counter() - began))
-            speed, replies = asyncio.run(load(server, prompts, args.tokens))
-            online.append(speed)
-            print(f"round {round_}: offline {offline[-1]:.0f} tokens/s, served {online[-1]:.0f} tokens/s", flush=True)
-        quiet = waits(replies)
-        length = min(2000, llm.max_len - 1)
-        long = prompts_for(vocab, 1000, length, 99)
-        busy = waits(
-            asyncio.run(disturbed(server, prompts_for(vocab, args.clients, args.prompt, 77), long, args.tokens))
-        )
+            prompts = prompts_for(args.clients * args.each, args.prompt, round_)
+            if llm is not None:
+                params = SamplingParams(max_tokens=args.tokens, temperature=0, ignore_eos=True)
+                began = time.perf_counter()
+                found = llm.generate(prompts, params)
+                offline.append(sum(len(one.token_ids) for one in found) / (time.perf_counter() - began))
+                print(f"round {round_}: offline {offline[-1]:.0f} tokens/s", flush=True)
+            for name, port in ports.items():
+                one = asyncio.run(load(port, args.clients, prompts, args.tokens))
+                loads[name].append(one)
+                print(f"round {round_}: {name} {one.tokens / one.seconds:.0f} tokens/s", flush=True)
+        rng = random.Random(99)
+        long = [[1, *(rng.randrange(300, 32000) for _ in range(1999))] for _ in range(1000)]
+        prompts = prompts_for(args.clients, args.prompt, 77)
+        busy = summary([asyncio.run(disturbed(ours, args.clients, prompts, long, args.tokens))])
     result: dict[str, Any] = {
         "model": str(args.model),
         "clients": args.clients,
-        "offline_tokens_per_second": round(statistics.median(offline[1:]), 1),
-        "served_tokens_per_second": round(statistics.median(online[1:]), 1),
-        "share": round(statistics.median(b / a for a, b in zip(offline[1:], online[1:], strict=True)), 3),
-        "waits_ms": quiet,
-        f"waits_ms_beside_prompts_of_{length}": busy,
+        "servers": {name: summary(found[1:]) for name, found in loads.items()},
+        "beside_prompts_of_2000": busy,
     }
-    print(json.dumps(result))
+    between = busy["waits_ms"]
+    checks = {
+        f"p99 between tokens within {STRETCH:g} medians": between["between_p99"] <= STRETCH * between["between_p50"]
+    }
+    if offline:
+        shares = [one.tokens / one.seconds / speed for one, speed in zip(loads["maestrale"], offline, strict=True)][1:]
+        result |= {"offline_tokens_per_second": round(statistics.median(offline[1:]), 1)}
+        result |= {"share_of_offline": round(statistics.median(shares), 3)}
+        checks[f"{SHARE:.0%} of the offline engine"] = statistics.median(shares) >= SHARE
+    for name in others:
+        mine, theirs = result["servers"]["maestrale"], result["servers"][name]
+        checks[f"more requests/s than {name}"] = mine["requests_per_second"] > theirs["requests_per_second"]
+        checks[f"first token sooner than {name} (p99)"] = (
+            mine["waits_ms"]["first_p99"] < theirs["waits_ms"]["first_p99"]
+        )
+    print(json.dumps(result | {"checks": checks}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ FLOORS = [
     F0,
     ("text", "checkpoint", "sampling"),
     ("engine",),
-    ("torch_backend", "native_backend"),
+    ("torch_backend", "native_backend", "parallel"),
     ("launch", "llm", "reader"),
     ("cli", "serve"),
 ]
@@ -74,7 +74,9 @@ def test_the_command_line_and_the_server_reach_engines_through_llm_only(module):
     )
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in ("torch_backend", "native_backend")))
+@pytest.mark.parametrize(
+    "module", sorted(m for m in MODULES if part(m) in ("torch_backend", "native_backend", "parallel"))
+)
 def test_a_backend_knows_nothing_of_the_engine(module):
     assert "engine" not in {part(name) for name in ours(imports(module))}
 

@@ -231,7 +231,10 @@ def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
     ("options", "error", "words"),
     [
         ({"dtype": "int3"}, UsageError, "dtype 'int3': expected auto"),
-        ({"weights": "int3"}, UsageError, "weights 'int3': expected auto, bf16, int8 or int4"),
+        ({"weights": "int3"}, UsageError, "weights 'int3': expected auto, bf16, fp8, int8 or int4"),
+        ({"weights": "fp8", "backend": "native"}, UsageError, "weights fp8: only the torch backend has them, on a GPU"),
+        ({"weights": "fp8", "cache": "int8"}, UsageError, "weights fp8: only the torch backend has them, on a GPU"),
+        ({"weights": "fp8", "device": "cpu"}, UsageError, "weights fp8: only Triton's kernels have it"),
         ({"weights": "bf16", "dtype": "float32"}, UsageError, "contradict each other"),
         ({"backend": "abacus"}, UsageError, "backend 'abacus': expected"),
         ({"device": "abacus"}, UsageError, "device 'abacus': expected"),

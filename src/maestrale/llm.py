@@ -30,7 +30,8 @@ class LLM:
 
     path: a native (params.json) or Hugging Face (config.json) folder; None is the bundled model.
     dtype: what it computes in: "auto" (as stored), "float32", "bfloat16", "float16".
-    weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded.
+    weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded;
+        "fp8" likewise on a GPU.
     device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" (torch on a GPU, else native), "native", "torch".
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
@@ -41,6 +42,7 @@ class LLM:
     adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
     of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
+    cache: of keys and values: "auto" (as computed), or "int8", native only: half the memory of bfloat16.
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
     prefix_cache: keep the pages of what was computed, for prompts that begin alike.
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
@@ -71,6 +73,7 @@ class LLM:
         adapters: Mapping[str, str | Path] | None = None,
         require_tokenizer: bool = False,
         threads: int | None = None,
+        cache: str = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
         output: str = "logits",
@@ -86,12 +89,13 @@ class LLM:
             max_sequences,
             ignore_unexpected,
             threads=threads,
+            cache=cache,
             prefix_cache=prefix_cache,
             speculate=speculate,
-            pipeline=num_pipeline_ranks,
-            tensor=tensor_parallel,
-            expert=expert_parallel,
-            timeout=distributed_timeout,
+            num_pipeline_ranks=num_pipeline_ranks,
+            tensor_parallel=tensor_parallel,
+            expert_parallel=expert_parallel,
+            distributed_timeout=distributed_timeout,
             adapters=adapters or {},
             output=output,
         )

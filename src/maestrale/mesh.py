@@ -7,8 +7,9 @@ channels over the T / E shards of its group. All of it is arithmetic on plan.py'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import ceil, prod
 
 from maestrale.config import ModelConfig
 from maestrale.errors import UsageError
@@ -138,13 +139,15 @@ class Shard:
 
     @property
     def parameters(self) -> int:
-        total = 0
-        for _, slices in self.tensors():
-            size = 1
-            for extent in slices:
-                size *= extent.stop - extent.start
-            total += size
-        return total
+        return sum(_volume(slices) for _, slices in self.tensors())
+
+    def bytes(self, sizes: Mapping[str, float]) -> int:
+        """What this rank holds, where a whole tensor takes `sizes[name]` bytes."""
+        plan = tensor_plan(self.config)
+        total = sum(sizes[name] * _volume(slices) / plan[name].size for name, slices in self.tensors())
+        if self.last and self.config.tied_embeddings and "output.weight" in sizes:  # packed beside the embedding
+            total += sizes["output.weight"]
+        return ceil(total)
 
 
 def shards(config: ModelConfig, mesh: Mesh) -> list[Shard]:
@@ -182,6 +185,10 @@ def stage_layers(config: ModelConfig, stages: int) -> list[range]:
 def part(extent: int, parts: int, index: int) -> tuple[int, int]:
     """[begin, end) of the index-th of `parts` parts that differ by at most one."""
     return extent * index // parts, extent * (index + 1) // parts
+
+
+def _volume(slices: tuple[slice, ...]) -> int:
+    return prod(extent.stop - extent.start for extent in slices)
 
 
 def _scaled(span: tuple[int, int], factor: int) -> tuple[int, int]:

@@ -101,7 +101,7 @@ def count_parameters(config: ModelConfig) -> tuple[int, int]:
     return total, total - experts // config.moe.num_experts * (config.moe.num_experts - config.moe.num_experts_per_tok)
 
 
-def cache_bytes(config: ModelConfig, length: int, element_bytes: int) -> int:
+def cache_bytes(config: ModelConfig, length: int, element_bytes: float) -> int:
     """Bytes of keys and values that one sequence of `length` tokens must keep: a windowed layer keeps its window."""
     kept = sum(min(length, w) if w else length for w in config.sliding_window)
-    return kept * 2 * config.n_kv_heads * config.head_dim * element_bytes
+    return round(kept * 2 * config.n_kv_heads * config.head_dim * element_bytes)

@@ -34,12 +34,12 @@ class Recorder:
 @pytest.fixture
 def stand(folder):
     stand = Stand(folder, prompt_tokens=70, decode_tokens=6, sizes=[1, 5])
-    stand.runner.runner = Recorder(stand.runner.runner)
+    stand.engine.runner = Recorder(stand.engine.runner)
     return stand
 
 
 def batches(stand):
-    return stand.runner.runner.batches
+    return stand.engine.runner.batches
 
 
 def test_prefill_is_one_prompt_and_the_token_after_it(stand):
@@ -50,8 +50,9 @@ def test_prefill_is_one_prompt_and_the_token_after_it(stand):
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_what_is_timed_of_decoding_is_one_token_of_every_sequence_a_step(stand, size):
-    step, engine = stand.decode(size)
-    assert 0 < engine < step
+    found = stand.decode(size)
+    assert 0 < found.outside < found.seconds
+    assert found.busy == []
     measured = batches(stand)[-6:]
     assert [len(batch.token_ids) for batch in measured] == [size] * 6
     assert all((batch.positions >= CONTEXT).all() for batch in measured)

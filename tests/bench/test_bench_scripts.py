@@ -25,7 +25,9 @@ def test_the_7b_has_mistrals_size_and_d_has_its_layers(shape, parameters):
 def test_a_made_checkpoint_is_a_native_folder_of_finite_bfloat16(tmp_path):
     config = replace(MIXTURE, dim=64, hidden_dim=4096)
     make_checkpoint.make_checkpoint(config, tmp_path / "model")
-    assert (tmp_path / "model" / "tokenizer.model").stat().st_size == make_checkpoint.v1_tokenizer().stat().st_size
+    assert (tmp_path / "model" / "tokenizer.model").stat().st_size == make_checkpoint.packaged(
+        make_checkpoint.V1
+    ).stat().st_size
     with open_checkpoint(tmp_path / "model") as checkpoint:
         assert (checkpoint.config, checkpoint.dtype) == (config, "BF16")
         assert check_finite(checkpoint) == []

@@ -92,6 +92,15 @@ def test_the_longest_context_is_what_memory_has_left(command, tmp_path, monkeypa
     assert facts_of(command, tmp_path)["cache"]["longest_context"] == 0
 
 
+def test_an_int8_cache_takes_head_dim_and_four_bytes_for_each_key_and_value_of_a_head(command, tmp_path):
+    write_hollow(tmp_path, V03)
+    found = facts_of(command, tmp_path, "--length", 1000, "--cache", "int8")["cache"]["bytes"]
+    assert found == 1000 * 32 * 2 * 8 * (128 + 4)
+    run = command("inspect", tmp_path, "--cache", "int4")
+    assert (run.code, run.err.count("\n")) == (2, 1)
+    assert "cache 'int4': expected auto or int8" in run.err
+
+
 def test_with_windows_in_all_layers_any_length_fits(command, tmp_path, monkeypatch):
     write_hollow(tmp_path, V01)
     monkeypatch.setattr("maestrale.memory.available_memory", lambda: 2 * 7_241_732_096 + 2 * 576 * MIB)

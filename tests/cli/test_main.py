@@ -10,6 +10,7 @@ from byte_models import ENVIRONMENT
 import maestrale
 from maestrale import cli
 from maestrale.errors import DiskError, MaestraleError, MemoryLimitError
+from maestrale.native_backend.kernels import missing
 
 ENDLESS = ("--max-len", 10**6, "--max-tokens", 10**5, "--ignore-eos", "-p", "A")
 
@@ -33,6 +34,29 @@ def test_help_is_quick_and_imports_nothing_heavy():
         assert (code, heavy) == ("0", "[]")
         times.append(float(seconds))
     assert min(times) < 0.3
+
+
+FIRST_TOKEN = """
+import sys
+sys.argv = ["maestrale", "generate", "-p", "Once", "--max-tokens", "1", "--backend", "native"]
+from maestrale.cli import main
+try:
+    main()
+except SystemExit:
+    print(*sys.modules)
+"""
+
+
+@pytest.mark.skipif(missing() is not None, reason="no kernels here")
+def test_nothing_that_takes_long_to_import_stands_before_the_first_token():
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_TOKEN], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    first, loaded = run.stdout.splitlines()
+    assert first.startswith("Once")
+    heavy = {"torch", "mistral_common", "pydantic", "tokenizers", "tiktoken", "typer", "rich", "safetensors"}
+    heavy |= {"numpy.random", "hashlib", "maestrale.checkpoint.adapter", "maestrale.cli.chat"}
+    assert not heavy & set(loaded.split())
 
 
 @pytest.mark.parametrize("verb", [None, *cli.VERBS])
@@ -86,7 +110,8 @@ def test_what_ends_a_verb_becomes_an_exit_code(command, monkeypatch, error, code
     def verb() -> None:
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    monkeypatch.setitem(cli.VERBS, "verb", "")
+    monkeypatch.setattr(cli, "find_verb", lambda name: verb)
     run = command("verb")
     assert (run.code, run.out, run.err) == (code, "", line)
 
@@ -96,7 +121,8 @@ def test_debug_shows_the_traceback_and_keeps_the_code(command, monkeypatch, args
     def verb() -> None:
         raise MaestraleError("gone wrong")
 
-    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    monkeypatch.setitem(cli.VERBS, "verb", "")
+    monkeypatch.setattr(cli, "find_verb", lambda name: verb)
     run = command(*args)
     assert run.code == MaestraleError.exit_code
     assert run.err.startswith("Traceback")
@@ -107,7 +133,8 @@ def test_a_bug_is_not_hidden(monkeypatch):
     def verb() -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setitem(cli.VERBS, "verb", verb)
+    monkeypatch.setitem(cli.VERBS, "verb", "")
+    monkeypatch.setattr(cli, "find_verb", lambda name: verb)
     monkeypatch.setattr(sys, "argv", ["maestrale", "verb"])
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError):
@@ -133,9 +160,10 @@ def test_a_reader_that_goes_away_is_no_error(spawn, models):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_code_5(spawn, models):
+@pytest.mark.parametrize("args", [["inspect"], ["--help"], ["inspect", "--help"], ["--version"]])
+def test_a_full_disk_is_code_5(spawn, args):
     with open("/dev/full", "w") as full:
-        process = spawn("inspect", models["dense"], stdout=full)
+        process = spawn(*args, stdout=full)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 5
     assert err.startswith("maestrale: ")
@@ -147,3 +175,23 @@ def test_closed_output_is_no_error(spawn, models):
     process = spawn("inspect", models["dense"], stdout=None, preexec_fn=lambda: os.close(1), env=quiet)
     _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("port = [1]", "port = [1]: expected a whole number"),
+        ("max-len = 2.5", "max_len = 2.5: expected a whole number"),
+        ("api-key = 3", "api_key = 3: expected a list, each a text"),
+        ("api-key = [3]", "api_key = [3]: expected a list, each a text"),
+        ("log-json = {a = 1}", "log_json = {'a': 1}: expected true or false"),
+        ('path = ["x"]', "path = ['x']: expected a text"),
+        ("drain = true", "drain = True: expected a number"),
+        ("speed = 1", "no such option: speed"),
+    ],
+)
+def test_a_file_of_options_with_a_wrong_value_is_refused_by_name(command, tmp_path, line, words):
+    (tmp_path / "serve.toml").write_text(line)
+    run = command("serve", "--config", tmp_path / "serve.toml")
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert f"serve.toml: {words}" in run.err

@@ -21,13 +21,15 @@ def open_engine(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: str = "F32",
+    weights: str | None = None,
     page_size: int = 4,
     max_len: int = 128,
     max_chunk: int = 128,
     pages: int | None = None,
     max_sequences: int = 16,
 ) -> Engine:
-    """An engine on a cache of exactly `pages` pages for each kind of layer; None is enough for all."""
+    """An engine on a cache of exactly `pages` pages for each kind of layer; None is enough for all. weights: of the
+    native backend's linear layers; None is `dtype`."""
     with open_checkpoint(folder) as checkpoint:
         windows = checkpoint.config.windows
         kept = [max_len if w is None else min(max_len, w + max_chunk - 1) for w in windows]
@@ -42,7 +44,8 @@ def open_engine(
         else:
             from maestrale.native_backend.runner import open_runner as open_native
 
-            runner = open_native(checkpoint, layout, dtype, {"F32": "f32", "BF16": "bf16"}[dtype], 2)
+            form = {"F32": "f32", "BF16": "bf16"}[dtype]
+            runner = open_native(checkpoint, layout, form, weights or form, 2)
         return Engine(runner, checkpoint.config.vocab_size, tokenizer, max_sequences)
 
 

@@ -25,12 +25,13 @@ def test_counters_follow_requests_from_the_queue_to_their_end():
     found = engine.counters()
     assert (found.waiting, found.running, found.sequences, found.steps) == (1, 2, 3, 1)
     assert found.tokens_out == 3
-    assert [(pool.window, pool.total, pool.free, pool.cached) for pool in found.pools] == [
-        (None, 32, 32 - 5 - 1, 0),
-        (5, 32, 32 - 5 - 1, 0),
+    assert [(pool.window, pool.total, pool.free, pool.cached, pool.in_step) for pool in found.pools] == [
+        (None, 32, 32 - 5 - 1, 0, 5 + 1),
+        (5, 32, 32 - 5 - 1, 0, 5 + 1),
     ]
     run(engine)
     found = engine.counters()
+    assert found.pools[0].in_step == 1, "of the last one, which has ended"
     assert (found.waiting, found.running, found.sequences) == (0, 0, 0)
     assert found.tokens_out == 4 * 4
     assert found.pools[0].cached == 5 + 1 + 1  # of 17 + 3, 2 + 3 (twice the same) and 1 + 3 computed tokens

@@ -30,7 +30,7 @@ def test_the_same_prompt_again_computes_only_its_last_page(windows):
     count, request = computed(engine, prompt)
     assert count == 2 + 3
     assert request.completions[0].token_ids == true_greedy(prompt, 4, windows)
-    assert engine.prefixes.found == 24
+    assert request.cached == engine.prefixes.found == 24
     assert engine.prefixes.asked == 52
 
 
@@ -85,6 +85,7 @@ def test_requests_that_run_at_once_share_their_beginning():
     assert engine.runner.steps[1].counts == [1, 1, 1]
     for request in requests:
         assert request.completions[0].token_ids == true_greedy(request.prompt, 4)
+    assert [request.cached for request in requests] == [0, 16 - 3, 16]  # the second had begun
 
 
 def test_preempted_requests_find_their_own_pages_again():
@@ -95,6 +96,7 @@ def test_preempted_requests_find_their_own_pages_again():
         assert engine.scheduler.preemptions > 0
         for request in requests:
             assert request.completions[0].token_ids == true_greedy(request.prompt, 16)
+            assert request.cached == 0, "no other had computed anything of it"
         return sum(sum(step.counts) for step in engine.runner.steps)
 
     useful = 3 * (4 + 15)

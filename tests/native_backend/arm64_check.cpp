@@ -1,5 +1,5 @@
-// Linear layers of the arm64 kernels against double sums over the very numbers that the formats stand for; run under
-// emulation by test_arm64.py. Prints "ok", or the first difference.
+// Linear layers and attention of the arm64 kernels against double sums over the very numbers that the formats stand for;
+// run under emulation by test_arm64.py. Prints "ok", or the first difference.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -24,6 +24,12 @@ float bf16_value(uint16_t bits) {
   float value;
   std::memcpy(&value, &wide, 4);
   return value;
+}
+
+float rounded(float x) {  // to bf16, nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bf16_value(uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
 }
 
 struct Example {
@@ -90,11 +96,9 @@ bool check(const Kernels& kernels, const char* name, Format format, int64_t grou
       double sum = 0, size = 0;
       for (int64_t i = 0; i < k; ++i) {
         const float one = x[size_t(t * k + i)];
-        uint32_t bits;
-        std::memcpy(&bits, &one, 4);
         const double seen = format == Format::f32 ? one
                             : exact || format == Format::bf16
-                                ? bf16_value(uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16))
+                                ? rounded(one)
                                 : std::nearbyint(one * (127 / largest)) * double(largest / 127);
         sum += seen * e.values[size_t(o * k + i)];
         size += std::abs(seen * e.values[size_t(o * k + i)]);
@@ -114,6 +118,67 @@ bool check(const Kernels& kernels, const char* name, Format format, int64_t grou
   return false;
 }
 
+// What a cache keeps of a head's entries.
+std::vector<double> held(Kept kept, const float* x, int64_t n) {
+  float most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, std::abs(x[i]));
+  std::vector<double> values;
+  for (int64_t i = 0; i < n; ++i)
+    values.push_back(kept == Kept::f32    ? x[i]
+                     : kept == Kept::bf16 ? rounded(x[i])
+                                          : std::nearbyint(x[i] * (127 / most)) * double(most / 127));
+  return values;
+}
+
+// One head of keys and three of queries over 50 positions in four pages, with a window, none of them turned.
+bool check_attention(const Kernels& kernels, Kept kept) {
+  const int64_t T = 50, H = 3, C = 18, P = 16, window = 21, table[] = {2, 0, 3, 1};
+  const HeadLayout head = head_layout(C, P, kept);
+  std::vector<uint32_t> pool(size_t(4 * head.size()), 0xffffffffu);
+  std::vector<float> q(size_t(T * H * C)), k(size_t(T * C)), v(k.size()), y(q.size()), turns(size_t(T * 2 * head.padded));
+  for (auto* all : {&q, &k, &v})
+    for (float& x : *all) x = real();
+  for (int64_t t = 0; t < T; ++t) std::fill_n(turns.data() + t * 2 * head.padded, head.padded, 1.0f);
+  std::vector<char> scratch(size_t(attend_scratch(head, H) + 64));
+  void* room = scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64;
+  const CacheView cache{pool.data(), head.size(), head, 4, window};
+  for (int64_t t = 0; t < T; t += P)
+    kernels.write_keys(cache, {t, std::min(P, T - t), t, table}, 0, k.data(), v.data(), C, turns.data());
+  for (int64_t t = 0; t < T; t += 10)
+    kernels.attend(cache, {t, 10, t, table}, 0, H, q.data(), H * C, turns.data(), y.data() + t * H * C, H * C, room);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t h = 0; h < H; ++h) {
+      std::vector<double> scores, expected(size_t(C), 0);
+      double sum = 0;
+      const int64_t oldest = std::max<int64_t>(0, t - window + 1);
+      for (int64_t s = oldest; s <= t; ++s) {
+        const auto key = held(kept, k.data() + s * C, C);
+        double score = 0;
+        for (int64_t i = 0; i < C; ++i) {
+          const float one = q[size_t((t * H + h) * C + i)];
+          score += (kept == Kept::f32 ? one : rounded(one)) * key[size_t(i)];
+        }
+        scores.push_back(score / std::sqrt(double(C)));
+      }
+      const double top = *std::max_element(scores.begin(), scores.end());
+      for (int64_t s = oldest; s <= t; ++s) {
+        const double weight = std::exp(scores[size_t(s - oldest)] - top);
+        const auto value = held(kept, v.data() + s * C, C);
+        sum += weight;
+        for (int64_t i = 0; i < C; ++i) expected[size_t(i)] += weight * value[size_t(i)];
+      }
+      for (int64_t i = 0; i < C; ++i) {
+        const double wanted = expected[size_t(i)] / sum, got = y[size_t((t * H + h) * C + i)];
+        if (!(std::abs(got - wanted) <= (kept == Kept::f32 ? 3e-6 : 1e-2))) {
+          std::printf("%s attention, cache %d: row %d, head %d: expected %.9g, got %.9g\n", kernels.isa, int(kept),
+                      int(t), int(h), wanted, got);
+          return false;
+        }
+      }
+    }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -129,5 +194,8 @@ int main() {
             check(*kernels, "int4 affine", Format::int4, 64, true, exact)))
         return 1;
     }
+  for (const Kernels* kernels : {neon, find_kernels("generic")})
+    for (Kept kept : {Kept::f32, Kept::bf16, Kept::int8})
+      if (!check_attention(*kernels, kept)) return 1;
   std::puts("ok");
 }

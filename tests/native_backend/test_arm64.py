@@ -16,7 +16,7 @@ SOURCES = Path(maestrale.__file__).parent / "native_backend" / "csrc"
     not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
     reason=f"needs {COMPILER} and {EMULATOR} (Debian: g++-aarch64-linux-gnu, qemu-user)",
 )
-def test_the_arm64_kernels_give_the_products_of_the_formula(tmp_path):
+def test_the_arm64_kernels_give_the_products_and_the_attention_of_the_formulas(tmp_path):
     program = tmp_path / "check"
     files = [Path(__file__).with_name("arm64_check.cpp")]
     files += [SOURCES / f"{name}.cpp" for name in ("isa", "kernels_neon", "kernels_generic")]

@@ -32,13 +32,29 @@ def folders(tmp_path_factory):
     return {name: make_folder(tmp_path_factory.mktemp("model"), config) for name, config in MODELS.items()}
 
 
-def engine(folder: Path, isa: str, weights: str, threads: int, max_chunk: int = 64, pages: int | None = None) -> Engine:
+def engine(
+    folder: Path,
+    isa: str,
+    form: str,
+    threads: int,
+    max_chunk: int = 64,
+    pages: int | None = None,
+) -> Engine:
+    """form: of the weights, or of weights and cache: "int4, int8"."""
+    weights, _, cache = form.partition(", ")
     with open_checkpoint(folder) as checkpoint:
         windows = checkpoint.config.windows
         kept = [MAX_LEN if w is None else min(MAX_LEN, w + max_chunk - 1) for w in windows]
         rings = tuple(-(-tokens // 16) for tokens in kept)
         layout = CacheLayout(16, MAX_LEN, max_chunk, windows, rings, tuple(pages or 8 * ring for ring in rings))
-        model, body = load_model(checkpoint, layout, weights, half=weights != "f32", threads=threads, isa=isa)
+        model, body = load_model(
+            checkpoint,
+            layout,
+            weights,
+            cache=cache or ("f32" if weights == "f32" else "bf16"),
+            threads=threads,
+            isa=isa,
+        )
         return Engine(NativeRunner(model, layout, body), checkpoint.config.vocab_size, None, 8)
 
 
@@ -50,7 +66,7 @@ def logits(engine: Engine, prompts, chunks) -> list[np.ndarray]:
     return [np.stack(request.logits) for request in requests]
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4", "int4, int8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_the_same_to_the_last_bit(name, weights, isa, folders):
     lengths = st.lists(st.integers(1, 100), min_size=1, max_size=6)
@@ -69,7 +85,7 @@ def test_logits_are_the_same_to_the_last_bit(name, weights, isa, folders):
     check()
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int4"])
+@pytest.mark.parametrize("weights", ["bf16", "int4", "bf16, int8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_preemption_changes_no_bit(name, weights, folders):
     prompts = [tokens(length, 70, length) for length in (17, 20, 18, 30)]
@@ -87,7 +103,7 @@ def test_preemption_changes_no_bit(name, weights, folders):
     assert tight == roomy
 
 
-@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4", "int8, int8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_neither_a_cache_hit_nor_a_draft_changes_a_bit(name, weights, folders, monkeypatch):
     first = tokens(40, 70, 3)

@@ -19,8 +19,17 @@ def test_the_environment_forces_an_instruction_set(monkeypatch):
 
 def test_an_instruction_set_that_is_not_there_is_refused_in_one_line(monkeypatch):
     monkeypatch.setenv(kernels.ISA, "sse9")
-    with pytest.raises(UsageError, match=r"^MAESTRALE_ISA: expected one of .*generic on this processor, got 'sse9'$"):
+    with pytest.raises(UsageError, match=r"^MAESTRALE_ISA: expected one of .*generic.* on this processor, got 'sse9'$"):
         kernels.choose_isa()
+
+
+def test_the_set_in_use_is_named_and_where_it_is_not_amx_why_not(monkeypatch):
+    monkeypatch.setenv(kernels.ISA, "generic")
+    problem = kernels.native.amx_problem()
+    assert kernels.describe() == ("generic" if problem is None else f"generic ({problem})")
+    monkeypatch.setattr(kernels, "native", None)
+    monkeypatch.setattr(kernels, "_why", "nothing there", raising=False)
+    assert "not built (nothing there)" in kernels.describe()
 
 
 def test_without_the_module_one_line_says_what_is_missing(monkeypatch):

@@ -25,7 +25,7 @@ def layout(config, page_size=16, max_len=64, sequences=2):
 def opened(folder, **options):
     with open_checkpoint(folder) as checkpoint:
         made = layout(checkpoint.config)
-        model, _ = load_model(checkpoint, made, "f32", half=False, threads=2, **options)
+        model, _ = load_model(checkpoint, made, "f32", cache="f32", threads=2, **options)
         return model, made
 
 
@@ -155,7 +155,7 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_read(change, wor
 def test_a_weight_of_another_shape_is_refused(tmp_path):
     folder = make_folder(tmp_path, DENSE)
     with open_checkpoint(folder) as checkpoint:
-        model = make_model(checkpoint.config, layout(DENSE), half=False, threads=1)
+        model = make_model(checkpoint.config, layout(DENSE), cache="f32", threads=1)
         from maestrale.checkpoint.packed import pack_float
 
         wk = kernels.weight(pack_float(checkpoint.tensor("layers.0.attention.wk.weight"), "f32"))
@@ -172,7 +172,7 @@ def test_rope_turns_the_first_pair_by_a_radian_and_the_last_by_almost_theta_less
 def test_a_head_of_more_entries_than_the_kernels_hold_is_refused():
     config = ModelConfig(16, 1, 2048, 24, 2, 1, 64, 1e-5, 1e4, (None,))
     with pytest.raises(ConfigError, match="head_dim = 2048: the native backend takes at most 1024"):
-        make_model(config, layout(config), half=True, threads=1)
+        make_model(config, layout(config), cache="bf16", threads=1)
 
 
 def test_a_cache_that_memory_cannot_hold_is_told_in_one_line(tmp_path):
@@ -181,7 +181,7 @@ def test_a_cache_that_memory_cannot_hold_is_told_in_one_line(tmp_path):
 
         endless = CacheLayout(16, 64, 64, (None,), (4,), (1 << 45,))
         with pytest.raises(MemoryLimitError, match="out of memory"):
-            open_runner(checkpoint, endless, "F32", "f32", 1)
+            open_runner(checkpoint, endless, "f32", "f32", 1)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -201,7 +201,7 @@ def test_a_file_that_changed_while_it_was_read_is_told(tmp_path):
                 file.write(b" ")
 
         with pytest.raises(CheckpointError, match="changed"):
-            load_model(checkpoint, layout(DENSE), "f32", half=False, threads=1, progress=grow)
+            load_model(checkpoint, layout(DENSE), "f32", cache="f32", threads=1, progress=grow)
 
 
 def test_threads_are_as_asked_then_as_the_environment_says(monkeypatch):
@@ -214,7 +214,7 @@ def test_threads_are_as_asked_then_as_the_environment_says(monkeypatch):
 def test_a_runner_gives_the_wanted_rows_and_the_experts_that_they_went_through(tmp_path):
     made = layout(MIXTURE)
     with open_checkpoint(make_folder(tmp_path, MIXTURE)) as checkpoint:
-        model, body = load_model(checkpoint, made, "f32", half=False, threads=2)
+        model, body = load_model(checkpoint, made, "f32", cache="f32", threads=2)
     asked = arguments(tokens(20), made)
     every, picked = np.empty((20, 64), np.float32), np.empty((2, 20, 2), np.int16)
     model.step(**asked, logits=every, chosen=picked)

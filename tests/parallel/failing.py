@@ -12,8 +12,9 @@ from pathlib import Path
 
 from maestrale import LLM, SamplingParams
 from maestrale.errors import DistributedError
-from maestrale.torch_backend.parallel import runner
-from maestrale.torch_backend.parallel.link import world
+from maestrale.native_backend import stage
+from maestrale.parallel import runner
+from maestrale.parallel.link import world
 
 
 def fail(how: str) -> None:
@@ -32,8 +33,8 @@ def main(how: str, folder: Path) -> None:
     rank = world()[0]
     if rank == 1:
         if how == "killed_loading":
-            runner.load_shard = lambda *_, **__: fail(how)
-        steps, run = [0], runner.Stage.run
+            stage.open_stage = lambda *_, **__: fail(how)
+        steps, run = [0], runner.Worker.run
 
         def counted(self, batch):
             steps[0] += 1
@@ -43,7 +44,7 @@ def main(how: str, folder: Path) -> None:
                 fail(how)
             return run(self, batch)
 
-        runner.Stage.run = counted
+        runner.Worker.run = counted
         if how == "killed_idle":
             threading.Thread(target=die_when_idle, args=(folder,), daemon=True).start()
     here = folder / "bad" if how == "bad_file" and rank == 1 else folder / "good"

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from maestrale.batch import CacheLayout
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.engine.engine import Engine
-from maestrale.mesh import Mesh
+from maestrale.mesh import Mesh, shards
+from maestrale.native_backend import stage as native_stage
+from maestrale.parallel.link import Link, world
+from maestrale.parallel.runner import open_ranks
 from maestrale.sampling.params import SamplingParams
-from maestrale.torch_backend.parallel.link import Link, world
-from maestrale.torch_backend.parallel.runner import open_ranks
+from maestrale.torch_backend import stage as torch_stage
 
 PAGE, MAX_LEN, MAX_CHUNK = 4, 64, 16
 
@@ -34,11 +36,16 @@ def answer(case):
     link = Link(mesh, timeout=60)
     with open_checkpoint(case["folder"]) as checkpoint:
         config = checkpoint.config
-        mesh.check(config)
+        shard, dtype = shards(config, mesh)[link.rank], case["dtype"]
+
+        def stage(layout):
+            if case["backend"] == "native":
+                cache = {"F32": "f32", "BF16": "bf16"}[dtype]
+                return native_stage.open_stage(checkpoint, shard, layout, cache, case["weights"], 1, lambda *_: None)
+            return torch_stage.open_stage(checkpoint, shard, layout, dtype, "cpu", link.sum_stage, lambda *_: None)
+
         try:
-            runner = open_ranks(
-                checkpoint, link, case["dtype"], "cpu", lambda _: layout_for(config.windows), lambda *_: None
-            )
+            runner = open_ranks(shard, link, 0, lambda _: layout_for(config.windows), stage)
         except SystemExit:
             return None
     engine = Engine(runner, config.vocab_size, None, 8)

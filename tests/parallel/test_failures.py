@@ -1,19 +1,15 @@
 """A rank that dies, hangs or meets a bad file ends the job on every other rank, with code 6, its name and the cause."""
 
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from parallel.start import free_port, rank_environment, start
 from tiny import DENSE, make_folder
 
 SCRIPT = Path(__file__).parent / "failing.py"
-SOURCE = Path(__file__).parents[2] / "src"
 ENDS = {  # how rank 1 fails → what rank 0 must say of it
     "killed_loading": "has gone",
     "killed_idle": "rank 1 has gone",
@@ -35,29 +31,15 @@ def folder(tmp_path_factory):
     return root
 
 
-def start(how, folder):
-    """Two ranks without torchrun, whose agent would end the one as soon as the other has."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    common |= {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, how, folder],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+def start_both(how, folder):
+    port = free_port()
+    return [start([SCRIPT, how, folder], rank_environment(rank, 2, port)) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("how", ENDS)
 def test_a_rank_that_fails_ends_the_job_by_name(how, folder):
     (folder / "idle").unlink(missing_ok=True)
-    begun, ranks = time.monotonic(), start(how, folder)
+    begun, ranks = time.monotonic(), start_both(how, folder)
     try:
         out, err = ranks[0].communicate(timeout=90)
         assert ranks[0].returncode == 6, err

@@ -4,16 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conformance.backends import open_engine, run
+from parallel.start import PLAIN, torchrun
 from tiny import DENSE, MIXED, hf_logits, hf_model, native_weights, write_native
 
+from maestrale.checkpoint.quantize import Recipe, quantize
+from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.config import MoeConfig
+from maestrale.native_backend import kernels
 from maestrale.sampling.params import SamplingParams
 
 PROMPTS = [[1, 5, 9, 13, 17, 21, 25, 29, 33], [1, 40], [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59]]
@@ -28,17 +32,44 @@ MESHES = {
     3: [(3, 1, 1)],
     4: [(4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (1, 4, 2), (1, 4, 4)],
 }
+PACKED = {"one_kv_head": "int8", "mixture": "int4"}  # folders that are quantized besides
+NATIVE = [("one_kv_head", "int8"), ("two_kv_heads", "f32"), ("two_kv_heads", "int4"), ("four_kv_heads", "bf16")]
+NATIVE += [("mixture", weights) for weights in ("bf16", "int8", "int4")]
 ASKED = {"greedy": {"temperature": 0, "max_tokens": 8}, "seeded": {"temperature": 1, "seed": 3, "max_tokens": 8}}
 
 
+@dataclass(frozen=True)
+class Case:
+    """weights: what linear layers get on the native backend; on torch, what the folder is packed in, or nothing."""
+
+    model: str
+    mesh: tuple[int, int, int]
+    dtype: str = "F32"
+    asked: str = "greedy"
+    backend: str = "torch"
+    weights: str = ""
+
+    def __str__(self):
+        return "-".join(map(str, (self.model, *self.mesh, self.dtype, self.asked, self.backend, self.weights)))
+
+    @property
+    def folder(self):
+        return self.model + (f"-{self.weights}" if self.backend == "torch" and self.weights else "")
+
+
 def cases(size):
-    """(model, mesh, dtype, what is asked) for `size` ranks; experts are divided where there are any."""
+    """For `size` ranks; experts are divided where there are any."""
     for name, config in MODELS.items():
         for mesh in MESHES[size]:
             if mesh[2] == 1 or config.moe:
-                yield name, mesh, "F32", "greedy"
-        yield name, MESHES[size][0], "F32", "seeded"
-    yield "two_kv_heads", MESHES[size][-1 if size < 4 else 2], "BF16", "greedy"
+                yield Case(name, mesh)
+        yield Case(name, MESHES[size][0], asked="seeded")
+    yield Case("two_kv_heads", MESHES[size][-1 if size < 4 else 2], "BF16")
+    for name, weights in PACKED.items():
+        yield Case(name, MESHES[size][-1 if size < 4 else 2], weights=weights)
+    if kernels.missing() is None and size < 4:
+        for name, weights in NATIVE:
+            yield Case(name, (size, 1, 1), "F32" if weights == "f32" else "BF16", "greedy", "native", weights)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +80,10 @@ def models(tmp_path_factory):
         model, folder = hf_model(config, seed=7), tmp_path_factory.mktemp(name)
         write_native(folder, config, native_weights(model, config))
         made[name] = (model, folder)
+        if name in PACKED:
+            packed = tmp_path_factory.mktemp("packed") / name
+            quantize(folder, packed, Recipe(PACKED[name]), round_to_nearest)
+            made[f"{name}-{PACKED[name]}"] = (model, packed)
     return made
 
 
@@ -59,36 +94,21 @@ def answers(models, tmp_path_factory):
     for size in MESHES:
         folder = tmp_path_factory.mktemp(f"ranks{size}")
         asked = [
-            {
-                "folder": str(models[name][1]),
-                "mesh": mesh,
-                "dtype": dtype,
-                "params": ASKED[params],
-                "prompts": PROMPTS,
-            }
-            for name, mesh, dtype, params in cases(size)
+            asdict(case) | {"folder": str(models[case.folder][1]), "params": ASKED[case.asked], "prompts": PROMPTS}
+            for case in cases(size)
         ]
         (folder / "cases.json").write_text(json.dumps(asked))
-        torchrun(size, Path(__file__).parent / "ranks.py", folder / "cases.json", folder / "out.json")
+        run_ranks(size, Path(__file__).parent / "ranks.py", folder / "cases.json", folder / "out.json")
         found |= dict(
             zip(((size, case) for case in cases(size)), json.loads((folder / "out.json").read_text()), strict=True)
         )
     return found
 
 
-def torchrun(size, *command):
-    source = Path(__file__).parents[2] / "src"
+def run_ranks(size, *command):
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(size),
-            *map(str, command),
-        ],
-        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+        [sys.executable, *torchrun(size), *map(str, command)],
+        env=os.environ | PLAIN,
         capture_output=True,
         text=True,
         timeout=300,
@@ -96,7 +116,7 @@ def torchrun(size, *command):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-ALL = [(size, case) for size in MESHES for case in cases(size)]
+ALL = [pytest.param(size, case, id=f"{size}-{case}") for size in MESHES for case in cases(size)]
 
 
 def errors(folder, model, prompt, tokens, dtype):
@@ -107,25 +127,38 @@ def errors(folder, model, prompt, tokens, dtype):
     return np.abs(np.stack(request.logits) - hf_logits(model, prompt + tokens[:-1]).numpy())
 
 
-@pytest.mark.parametrize(("size", "case"), ALL, ids=[f"{size}-{'-'.join(map(str, case))}" for size, case in ALL])
+def alone(case, models):
+    """What one process gives: requests that have ended, their logits kept."""
+    engine = open_engine(models[case.folder][1], case.backend, dtype=case.dtype, weights=case.weights or None)
+    requests = [
+        engine.submit(prompt, SamplingParams(ignore_eos=True, **ASKED[case.asked]), keep_logits=True)
+        for prompt in PROMPTS
+    ]
+    run(engine)
+    return requests
+
+
+@pytest.mark.parametrize(("size", "case"), ALL)
 def test_ranks_give_what_transformers_gives(size, case, models, answers):
-    name, _, dtype, _ = case
-    model, folder = models[name]
+    if case.weights not in ("", "f32"):
+        pytest.skip("weights of fewer bits give logits of their own: see the next test")
+    model, folder = models[case.model]
     for prompt, answer in zip(PROMPTS, answers[size, case], strict=True):
         ids = prompt + answer["tokens"]
         error = np.abs(np.array(answer["logits"], np.float32) - hf_logits(model, ids[:-1]).numpy())
-        if dtype == "F32":
+        if case.dtype == "F32":
             assert error.max() < 1e-4
         else:  # sums over ranks round once more
-            assert error.mean() < 1.5 * errors(folder, model, prompt, answer["tokens"], dtype).mean()
+            assert error.mean() < 1.5 * errors(folder, model, prompt, answer["tokens"], case.dtype).mean()
 
 
-@pytest.mark.parametrize(("size", "case"), ALL, ids=[f"{size}-{'-'.join(map(str, case))}" for size, case in ALL])
+@pytest.mark.parametrize(("size", "case"), ALL)
 def test_ranks_give_the_tokens_of_one_process(size, case, models, answers):
-    name, _, dtype, params = case
-    if dtype != "F32":
+    if case.dtype != "F32" and case.backend == "torch":
         pytest.skip("sums over ranks round differently in bfloat16: a near tie may fall the other way")
-    engine = open_engine(models[name][1], "torch", dtype=dtype)
-    requests = [engine.submit(prompt, SamplingParams(ignore_eos=True, **ASKED[params])) for prompt in PROMPTS]
-    run(engine)
-    assert [answer["tokens"] for answer in answers[size, case]] == [r.completions[0].token_ids for r in requests]
+    for answer, request in zip(answers[size, case], alone(case, models), strict=True):
+        assert answer["tokens"] == request.completions[0].token_ids
+        if case.backend == "native":
+            assert np.array_equal(np.array(answer["logits"], np.float32), np.stack(request.logits))  # to the last bit
+        else:
+            assert np.allclose(answer["logits"], np.stack(request.logits), rtol=0, atol=1e-4)

@@ -1,7 +1,8 @@
 """The servers that the tests ask: one with the bundled model for all, others with tiny models and tight limits."""
 
 import pytest
-from live import BYTES, Live
+from browser import Page, start_chromium
+from live import BYTES, Live, eventually
 from tiny import make_folder, write_tekken
 
 
@@ -33,3 +34,38 @@ def start(bytes_folder):
     yield live
     for server in started:
         server.close()
+
+
+@pytest.fixture(scope="session")
+def moe_server():
+    """The bundled mixture, on the slower backend: its replies can be stopped."""
+    live = Live("stories-moe", "--dtype", "float32", "--backend", "torch")
+    yield live
+    live.close()
+
+
+@pytest.fixture(scope="session")
+def driver():
+    chrome = start_chromium()
+    yield chrome
+    chrome.quit()
+
+
+@pytest.fixture
+def page(driver, moe_server):
+    driver.get_log("browser")
+    one = Page(driver, moe_server)
+    one.fresh(temperature=0, max_tokens=24)
+    yield one
+    assert one.complaints() == []
+    eventually(lambda: moe_server.metric("maestrale_engine_running") == 0, 10)
+
+
+@pytest.fixture
+def chat_page(driver, start):
+    """With a tiny model that has a chat form; what it says is noise."""
+    one = Page(driver, start())
+    driver.get_log("browser")
+    one.fresh(temperature=0, max_tokens=12)
+    yield one
+    assert one.complaints() == []

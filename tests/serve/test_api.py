@@ -319,7 +319,8 @@ def test_what_one_key_has_computed_is_not_found_by_another(start):
 
         before = count()
         body = {"prompt": "x" * 400, "max_tokens": 2, "temperature": 0}
-        assert server.post(TEXT, body, headers).status == 200
+        usage = server.post(TEXT, body, headers).json["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": count() - before}
         return count() - before
 
     assert found(first) == 0

@@ -198,6 +198,7 @@ def test_a_prompt_over_the_context_is_a_400_with_both_numbers(stories):
         "prompt_tokens": 2047,
         "completion_tokens": 1,
         "total_tokens": 2048,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 

@@ -110,6 +110,18 @@ def test_an_answer_that_nobody_reads_is_dropped(server):
     connection.close()
 
 
+def test_an_answer_that_is_left_lying_is_given_up(start):
+    server = start("--write-timeout", 1)
+    body = LONG | {"n": 8, "logprobs": 20}  # whole, and as large as the one above
+    connection = open_request(server, "/v1/completions", body, receive_buffer=4096)
+    ours = connection.getsockname()
+    eventually(lambda: server.metric("maestrale_requests_total", outcome="done") == 1, 120)
+    process = psutil.Process(server.process.pid)
+    eventually(lambda: all(peer.raddr != ours for peer in process.net_connections("tcp")), 10)
+    assert server.complete("Once").status == 200
+    connection.close()
+
+
 def test_a_head_that_dawdles_is_closed_at_its_deadline(start):
     server = start("--header-timeout", 1)
     for opening in (b"", b"POST /v1/comp", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET /hea"):
@@ -156,6 +168,23 @@ def test_silence_is_broken_by_pings(bytes_folder, start):
     assert read_events(content)
     first.close()
     second.close()
+
+
+def test_a_streams_events_keep_their_distance_and_lose_nothing(start):
+    fields = {"max_tokens": 600, "ignore_eos": True, "logprobs": 1}
+    texts, counts = [], []
+    for interval in (0, 0.2):
+        server = start("--stream-interval", interval)
+        began = time.monotonic()
+        events = [event["choices"][0] for event in server.complete("Once", stream=True, **fields).events]
+        most = (time.monotonic() - began) / interval + 2 if interval else 600
+        assert 1 < len(events) <= most
+        counts.append(len(events))
+        texts.append("".join(event["text"] for event in events))
+        assert sum(len(event["logprobs"]["tokens"]) for event in events) == 600
+        assert [event["finish_reason"] for event in events] == [None] * (len(events) - 1) + ["length"]
+    assert texts[0] == texts[1] == server.complete("Once", **fields).json["choices"][0]["text"]
+    assert counts[0] > 2 * counts[1]
 
 
 # 63: a crowd

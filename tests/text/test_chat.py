@@ -1,12 +1,13 @@
 import json
 import re
+import sys
 
 import pytest
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from text_samples import tiny_tekken
 
-from maestrale.errors import RequestError
+from maestrale.errors import CheckpointError, RequestError, UsageError
 from maestrale.text.tokenizer import load_tokenizer
 
 TOOL = {
@@ -338,3 +339,18 @@ def test_arguments_may_come_as_an_object(ours):
     call = json.loads(json.dumps(CALL))
     call["tool_calls"][0]["function"]["arguments"] = {"city": "Trieste"}
     assert ours("v3").encode_chat([USER, call, RESULT]) == ours("v3").encode_chat([USER, CALL, RESULT])
+
+
+def test_without_mistral_common_texts_are_read_and_chats_say_what_to_install(ours, folder_of, monkeypatch):
+    tokenizer = load_tokenizer(folder_of("v3"), ours("v3").vocab_size)
+    monkeypatch.setitem(sys.modules, "mistral_common.protocol.instruct", None)
+    assert tokenizer.decode(tokenizer.encode("one two")) == "one two"
+    with pytest.raises(UsageError, match=r"chats need mistral_common: run  pip install 'maestrale\[chat\]'"):
+        tokenizer.encode_chat([say("user", "Hello")])
+
+
+def test_without_tokenizers_a_tokenizer_json_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(CheckpointError, match=r"run  pip install 'maestrale\[hf\]', or put"):
+        load_tokenizer(tmp_path, 32000)

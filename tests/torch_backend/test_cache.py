@@ -95,6 +95,6 @@ def test_copies_of_one_step_read_all_sources_before_they_write():
     cache = PagedCache(config, make_layout(config, 2, 32, 16, 1), torch.float32, torch.device("cpu"), sdpa.attend)
     pool = cache.pools[0]
     pool.copy_(torch.arange(pool.shape[2]).view(1, 1, -1, 1, 1).expand_as(pool))
-    cache._copy_pages(0, np.array([[1, 2], [2, 3], [3, 1]]))
+    cache.copy_pages(0, np.array([[1, 2], [2, 3], [3, 1]]))
     slots = pool[1, 1, :10, 0, 0].tolist()
     assert slots == [0, 1, 6, 7, 2, 3, 4, 5, 8, 9]

@@ -154,7 +154,7 @@ def _place(name: str, tensor: TensorPlan, config: ModelConfig, file: GgufFile) -
         tensor.shape,
         (part,),
         8 * width / size,
-        kind in PACKED and is_linear(name),
+        "int4" if kind in PACKED and is_linear(name) else None,
         partial(_read, kind=kind, expert=expert),
     )
 

@@ -141,7 +141,7 @@ def _place(
     kind = {8: "int8", 4: "int4"}[scheme.bits]
     packs = scheme.bits == 8 or (not scheme.reordered and any(group % size == 0 for size in GROUPS))
     read = partial(_read, scheme=scheme, stem=stem, names=tuple(parts), shape=(n, k), head_dim=head_dim)
-    return QuantizedPlace(f"{kind} ({scheme.form})", (n, k), found, bits, packs, read)
+    return QuantizedPlace(f"{kind} ({scheme.form})", (n, k), found, bits, kind if packs else None, read)
 
 
 def _read(

@@ -122,7 +122,7 @@ def _quantized(path: Path, name: str, shape: tuple[int, ...], value: dict[str, A
     parts = tuple(Part(f"{name}.{part}", (dtype,), extents) for part, (dtype, extents) in layout.items())
     bits = 8 * sum(byte_count(dtype, extents) for dtype, extents in layout.values()) / (n * k)
     read = partial(_weight, format=format, shape=(n, k), group=group, names=tuple(layout))
-    return QuantizedPlace(format, shape, parts, bits, True, read)
+    return QuantizedPlace(format, shape, parts, bits, format, read)
 
 
 def _weight(

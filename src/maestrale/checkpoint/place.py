@@ -40,7 +40,8 @@ class QuantizedPlace:
     """A canonical weight that is stored quantized.
 
     kind: what people call the format: "int4", "Q6_K". bits: of storage a weight, scales included.
-    packs: whether `read` gives a packed weight, which says the same as what is stored, or must give fp32 values.
+    packed: the format of the packed weight that `read` gives, which says the same as what is stored; None where it must
+    give fp32 values.
     read: the parts' elements, in order → the weight [n, k].
     """
 
@@ -48,7 +49,7 @@ class QuantizedPlace:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     bits: float
-    packs: bool
+    packed: str | None
     read: Callable[[list[NDArray]], PackedWeight | NDArray[np.float32]]
 
 

@@ -21,7 +21,6 @@ from maestrale.checkpoint.folder import ROOMS, find_weights
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.packed import PackedWeight, dequantize
 from maestrale.checkpoint.place import Part, Place, QuantizedPlace
-from maestrale.checkpoint.pth_room import open_pth
 from maestrale.checkpoint.safetensors_room import open_safetensors
 from maestrale.checkpoint.tensorfile import TensorFile
 from maestrale.config import ModelConfig
@@ -75,8 +74,12 @@ class Checkpoint:
 
     def is_packed(self, name: str) -> bool:
         """Whether `packed(name)` is to give a weight, without reading it."""
+        return self.packed_format(name) is not None
+
+    def packed_format(self, name: str) -> str | None:
+        """The format of that weight, "int8" or "int4"; None where there is to be none."""
         place = self._places[name]
-        return isinstance(place, QuantizedPlace) and place.packs
+        return place.packed if isinstance(place, QuantizedPlace) else None
 
     def packed(self, name: str) -> PackedWeight | None:
         """A weight that is stored quantized in a way that packing keeps exactly; None for any other, and for one whose
@@ -148,7 +151,7 @@ def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Chec
     if layout == "hf":
         quantization = values.pop("quantization_config", None)
     config = from_values(values, str(source))
-    files = [open_safetensors(path) if path.suffix == ".safetensors" else open_pth(path) for path in paths]
+    files = [open_safetensors(path) if path.suffix == ".safetensors" else _open_pth(path) for path in paths]
     owner = _owners(files)
     for path, names in paths.items():
         if absent := [name for name in names if name not in owner or owner[name].path != path]:
@@ -166,8 +169,14 @@ def open_checkpoint(folder: str | Path, ignore_unexpected: bool = False) -> Chec
     return Checkpoint(folder, config, layout, files, places)
 
 
+def _open_pth(path: Path) -> TensorFile:
+    from maestrale.checkpoint.pth_room import open_pth  # here, as below, so that other folders open sooner
+
+    return open_pth(path)
+
+
 def _open_gguf(folder: Path, path: Path, ignore_unexpected: bool) -> Checkpoint:
-    from maestrale.checkpoint import gguf  # here, as below, so that other folders open sooner
+    from maestrale.checkpoint import gguf
     from maestrale.checkpoint.gguf_room import open_gguf
 
     file = open_gguf(path)

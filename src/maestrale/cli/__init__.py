@@ -1,57 +1,44 @@
-"""The command line: `maestrale VERB`, one file a verb. Nothing heavy is imported before a verb needs it."""
+"""The command line: `maestrale VERB`, one file a verb. A verb is imported when it is called, and nothing heavy before
+it needs it."""
 
 from __future__ import annotations
 
-import functools
 import io
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
-from inspect import Parameter, cleandoc, signature
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Any
 
-import typer
+import click
 
 import maestrale
-from maestrale.cli.bench import bench
-from maestrale.cli.chat import chat
-from maestrale.cli.convert import convert
-from maestrale.cli.data import data
-from maestrale.cli.demo import demo
-from maestrale.cli.embed import classify, embed
-from maestrale.cli.evaluate import evaluate
-from maestrale.cli.finetune import finetune
-from maestrale.cli.generate import generate
-from maestrale.cli.inspect import inspect
-from maestrale.cli.interactive import interactive
-from maestrale.cli.merge import merge
-from maestrale.cli.quantize import quantize
-from maestrale.cli.serve import serve
-from maestrale.cli.train import train
+from maestrale.cli.declare import SETTINGS, Command, make_command
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
 
-VERBS: dict[str, Callable[..., None]] = {
-    "demo": demo,
-    "generate": generate,
-    "interactive": interactive,
-    "chat": chat,
-    "serve": serve,
-    "inspect": inspect,
-    "eval": evaluate,
-    "convert": convert,
-    "quantize": quantize,
-    "data": data,
-    "merge": merge,
-    "train": train,
-    "finetune": finetune,
-    "classify": classify,
-    "embed": embed,
-    "bench": bench,
+VERBS = {  # where the function of each is
+    "demo": "demo:demo",
+    "generate": "generate:generate",
+    "interactive": "interactive:interactive",
+    "chat": "chat:chat",
+    "serve": "serve:serve",
+    "inspect": "inspect:inspect",
+    "eval": "evaluate:evaluate",
+    "convert": "convert:convert",
+    "quantize": "quantize:quantize",
+    "data": "data:data",
+    "merge": "merge:merge",
+    "train": "train:train",
+    "finetune": "finetune:finetune",
+    "classify": "embed:classify",
+    "embed": "embed:embed",
+    "bench": "bench:bench",
 }
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_ABOUT = """Run and train Mistral and Mixtral models.
+
+Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 disk, 130 Ctrl-C."""
 
 
 def main() -> None:
@@ -65,93 +52,92 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to end
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
-    command = typer.main.get_command(build_app())
+    code: Any
     try:
-        code = command.main(sys.argv[1:] or ["--help"], prog_name="maestrale", standalone_mode=False)
-    except Exception as error:
-        # A usage error is click's class, and there are two clicks: the package, and the copy inside later typers.
-        if not hasattr(error, "format_message"):
-            raise
+        code = _Maestrale().main(sys.argv[1:] or ["--help"], prog_name="maestrale", standalone_mode=False)
+    except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "maestrale"
-        _complain(f"{error.format_message()} (see {path} --help)")
-        code = error.exit_code  # type: ignore[attr-defined]
+        _complain(f"{' '.join(error.format_message().split())} (see {path} --help)")
+        code = error.exit_code
+    except click.Abort:
+        code = SIGINT_EXIT
+    except (MaestraleError, OSError) as error:  # of an option's own check, or of a help screen that cannot be written
+        if isinstance(error, OSError):
+            _discard_output()
+        _complain(str(error))
+        code = _exit_code(error)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing left to tidy
     sys.exit(code)
 
 
-def build_app() -> typer.Typer:
-    app = typer.Typer(
-        name="maestrale",
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={
-            "token_normalize_func": lambda word: word.replace("_", "-"),  # --max_tokens is --max-tokens
-            "help_option_names": ["-h", "--help"],
-        },
+def find_verb(name: str) -> Callable[..., None]:
+    module, _, function = VERBS[name].partition(":")
+    return getattr(import_module(f"maestrale.cli.{module}"), function)
+
+
+class _Maestrale(click.Group):
+    """The verbs under one name."""
+
+    def __init__(self) -> None:
+        flag: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False}
+        version = click.Option(["--version"], **flag, callback=_version, help="Print the version and leave.")
+        super().__init__(
+            "maestrale",
+            params=[_debug_option(), version],
+            context_settings=SETTINGS,
+            subcommand_metavar="VERB ...",
+            help=_ABOUT,
+        )
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> Command | None:
+        if name not in VERBS:
+            return None
+        settings = {"auto_envvar_prefix": "MAESTRALE"} if name == "serve" else {}  # MAESTRALE_PORT is --port
+        command = make_command(name, find_verb(name), _guard, **settings)
+        command.params.append(_debug_option())
+        return command
+
+
+def _debug_option() -> click.Option:
+    def note(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+        root = context.find_root()
+        root.obj = root.obj or wanted
+
+    return click.Option(
+        ["--debug"], is_flag=True, expose_value=False, callback=note, help="Show the traceback of an error."
     )
-    app.callback()(_top)
-    for name, function in VERBS.items():
-        settings = {"auto_envvar_prefix": "MAESTRALE"} if function is serve else {}  # MAESTRALE_PORT is --port
-        app.command(name, help=_paragraphs(function), context_settings=settings)(_guarded(function))
-    return app
 
 
-def _paragraphs(verb: Callable[..., None]) -> str:
-    """A verb's docstring, each paragraph on one line: the help screen breaks lines to its own width."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in cleandoc(verb.__doc__ or "").split("\n\n"))
-
-
-def _version(wanted: bool) -> None:
+def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        typer.echo(f"maestrale {maestrale.__version__}")
-        raise typer.Exit
+        print(f"maestrale {maestrale.__version__}", flush=True)
+        context.exit()
 
 
-def _top(
-    context: typer.Context,
-    debug: Debug = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and leave.", is_eager=True, callback=_version)
-    ] = False,
-) -> None:
-    """Run and train Mistral and Mixtral models.
-
-    Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 disk, 130 Ctrl-C.
-    """
-    context.obj = debug
-
-
-def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """A verb with `--debug`: a mistake is one line and an exit code, Ctrl-C is 130, a closed pipe is silence."""
-
-    @functools.wraps(verb)
-    def guarded(context: typer.Context, debug: bool, **options: Any) -> None:
-        try:
-            verb(**options)
-            sys.stdout.flush()  # here, where an error can still be told
-        except KeyboardInterrupt:
-            raise typer.Exit(SIGINT_EXIT) from None
-        except BrokenPipeError:
+def _guard(verb: Callable[[], None]) -> None:
+    """Runs a verb: a mistake is one line and an exit code, Ctrl-C is 130, a closed pipe is silence."""
+    try:
+        verb()
+        sys.stdout.flush()  # here, where an error can still be told
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(SIGINT_EXIT) from None
+    except BrokenPipeError:
+        _discard_output()
+        raise click.exceptions.Exit(0) from None
+    except (MaestraleError, MemoryError, OSError) as error:
+        if isinstance(error, OSError):
             _discard_output()
-            raise typer.Exit(0) from None
-        except (MaestraleError, MemoryError, OSError) as error:
-            if isinstance(error, OSError):
-                _discard_output()
-            if debug or context.obj:
-                traceback.print_exc()
-            else:
-                _complain(str(error) or "out of memory")
-            raise typer.Exit(_exit_code(error)) from None
+        if click.get_current_context().find_root().obj:
+            import traceback
 
-    of_verb = signature(verb, eval_str=True)
-    added = {"context": typer.Context, "debug": Debug}
-    extra = [
-        Parameter(name, Parameter.KEYWORD_ONLY, default=False if name == "debug" else Parameter.empty, annotation=kind)
-        for name, kind in added.items()
-    ]
-    guarded.__signature__ = of_verb.replace(parameters=[*of_verb.parameters.values(), *extra])  # type: ignore[attr-defined]
-    return guarded
+            traceback.print_exc()
+        else:
+            _complain(str(error) or "out of memory")
+        raise click.exceptions.Exit(_exit_code(error)) from None
 
 
 def _exit_code(error: BaseException) -> int:

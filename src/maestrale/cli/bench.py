@@ -7,20 +7,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Option
 from maestrale.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from maestrale.batch import Batch, CacheLayout, Runner, StepOutput
     from maestrale.config import ModelConfig
     from maestrale.launch import Launched
 
@@ -29,23 +28,22 @@ _LARGEST_BATCH = 256  # pre-fill of that many still goes on beside decoding in s
 
 
 def bench(
+    running: opt.Running,
     path: opt.Model = None,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt whose pre-fill is measured.")] = 512,
-    decode_tokens: Annotated[int, typer.Option(help="Steps of decoding in one measurement.")] = 32,
-    batch: Annotated[str, typer.Option(help="Sequences decoded at once, one measurement for each.")] = "1,8,16",
-    repeats: Annotated[int, typer.Option(help="Measurements of each kind, after one that warms up.")] = 5,
-    dtype: opt.Dtype = "auto",
-    weights: opt.Weights = "auto",
-    device: opt.Device = "auto",
-    backend: opt.Backend = "auto",
-    threads: opt.Threads = None,
+    prompt_tokens: Annotated[int, Option(help="Tokens of the prompt whose pre-fill is measured.")] = 512,
+    decode_tokens: Annotated[int, Option(help="Steps of decoding in one measurement.")] = 32,
+    batch: Annotated[str, Option(help="Sequences decoded at once, one measurement for each.")] = "1,8,16",
+    repeats: Annotated[int, Option(help="Measurements of each kind, after one that warms up.")] = 5,
     json: opt.Json = False,
 ) -> None:
-    """Measure pre-fill, decoding and memory, and the share reached of what the machine can do.
+    """Measure pre-fill, decoding and memory.
 
-    Decoding starts after 128 tokens of each sequence. The last line is JSON; with --json it is the only one.
+    And the share reached of what the machine can do; over several ranks the share of the time in which each computes,
+    and its memory. Decoding starts after 128 tokens of each sequence. The last line is JSON; with --json it is the only
+    one.
     """
     from maestrale.checkpoint.dtypes import TORCH_NAMES
+    from maestrale.launch import kernels_here
 
     sizes = read_sizes(batch)
     for name, value in (("prompt-tokens", prompt_tokens), ("decode-tokens", decode_tokens), ("repeats", repeats)):
@@ -53,13 +51,15 @@ def bench(
             raise UsageError(f"--{name} {value}: expected a whole number of at least 1")
     start = time.perf_counter()
     with opt.progress_line("loading") as progress:
-        stand = Stand(path, prompt_tokens, decode_tokens, sizes, progress, dtype, weights, device, backend, threads)
+        stand = Stand(path, prompt_tokens, decode_tokens, sizes, progress, **vars(running))
     launched = stand.launched
     facts: dict[str, Any] = {
         "path": str(path) if path else None,
         "backend": launched.backend,
         "dtype": TORCH_NAMES[launched.dtype],
         "device": launched.device,
+        "kernels": kernels_here() if launched.backend == "native" else None,
+        "cache_bytes_per_element": launched.element_bytes,
         "load_seconds": time.perf_counter() - start,
         "prompt_tokens": prompt_tokens,
         "context_tokens": CONTEXT,
@@ -68,7 +68,9 @@ def bench(
     with opt.progress_line("measuring") as progress:
         facts |= _measure(stand, sizes, repeats, progress)
     facts["peak_memory_bytes"] = peak_memory()  # before the limits are measured, which takes memory too
-    if find_spec("torch") is not None:  # it measures the limits
+    if ranks := stand.ranks():
+        facts["ranks"] = ranks
+    elif find_spec("torch") is not None:  # it measures the limits
         import torch
 
         limits = machine_limits(torch.device(launched.device), getattr(torch, TORCH_NAMES[launched.dtype]))
@@ -89,25 +91,37 @@ def read_sizes(text: str) -> list[int]:
     return list(dict.fromkeys(sizes))
 
 
-class TimedRunner:
-    """A Runner that adds up the seconds spent in it."""
+class Stopwatch:
+    """Adds up the seconds spent in an object's methods of these names."""
 
-    def __init__(self, runner: Runner):
-        self.runner, self.seconds = runner, 0.0
+    def __init__(self, thing: object, *names: str):
+        self.seconds = 0.0
+        for name in names:
+            setattr(thing, name, self._timed(getattr(thing, name)))
 
-    @property
-    def layout(self) -> CacheLayout:
-        return self.runner.layout
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = method(*arguments)
+            self.seconds += time.perf_counter() - start
+            return result
 
-    def step(self, batch: Batch) -> StepOutput:
-        start = time.perf_counter()
-        output = self.runner.step(batch)
-        self.seconds += time.perf_counter() - start
-        return output
+        return timed
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """seconds: for a token of every sequence. outside: those of them not spent in the runner. busy: of each rank, the
+    share of the time in which it computed; none where there is one process."""
+
+    seconds: float
+    outside: float
+    busy: list[float]
 
 
 class Stand:
-    """A model on the test stand: an engine whose steps are timed, with a cache just large enough."""
+    """A model on the test stand: an engine whose steps are timed, with a cache just large enough. options: fields of
+    launch's."""
 
     def __init__(
         self,
@@ -116,32 +130,22 @@ class Stand:
         decode_tokens: int,
         sizes: Sequence[int],
         progress: Callable[[int, int], None] = lambda done, total: None,
-        dtype: str = "auto",
-        weights: str = "auto",
-        device: str = "auto",
-        backend: str = "auto",
-        threads: int | None = None,
+        **options: Any,
     ):
+        from maestrale.batch import Pipelined
         from maestrale.launch import Options, launch
 
         self.prompt_tokens, self.decode_tokens = prompt_tokens, decode_tokens
         # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.
         self.slack = 2 * max(sizes) + 1
         longest = max(prompt_tokens + 1, CONTEXT + decode_tokens + self.slack)
-        options = Options(
-            dtype,
-            weights,
-            device,
-            backend,
-            max_len=longest,
-            max_sequences=max(sizes),
-            threads=threads,
-            prefix_cache=False,
-            speculate=False,
-        )
-        self.launched: Launched = launch(path, options, progress=progress)
+        sized = Options(max_len=longest, max_sequences=max(sizes), prefix_cache=False, speculate=False, **options)
+        self.launched: Launched = launch(path, sized, progress=progress)
         self.config, self.engine = self.launched.config, self.launched.engine
-        self.runner = self.engine.runner = TimedRunner(self.engine.runner)
+        runner = self.engine.runner
+        self.depth = runner.depth if isinstance(runner, Pipelined) else 1
+        self.usage: Callable[[], Sequence[Any]] = getattr(runner, "usage", list)  # of several ranks
+        self.watch = Stopwatch(runner, *(("send", "receive") if isinstance(runner, Pipelined) else ("step",)))
 
     def prefill(self) -> float:
         """Seconds from a prompt of `prompt_tokens` to the token after it."""
@@ -151,19 +155,28 @@ class Stand:
             self.engine.step()
         return time.perf_counter() - start
 
-    def decode(self, size: int) -> tuple[float, float]:
-        """`decode_tokens` steps of `size` sequences: (seconds of a step, seconds of it spent outside the runner)."""
+    def decode(self, size: int) -> Decoding:
+        """`decode_tokens` tokens of each of `size` sequences; over stages, a part of them is computed in each step."""
         requests = [self._submit(CONTEXT, i, self.decode_tokens + self.slack) for i in range(size)]
         while any(request.sequences[0].generated == 0 for request in requests):
             self.engine.step()
-        self.runner.seconds = 0.0
+        self.watch.seconds, before = 0.0, self.usage()
+        end = self.engine.tokens_out + size * self.decode_tokens
         start = time.perf_counter()
-        for _ in range(self.decode_tokens):
+        while self.engine.tokens_out < end:
             self.engine.step()
         seconds = time.perf_counter() - start
+        outside = (seconds - self.watch.seconds) / self.decode_tokens
+        busy = [(now.busy - then.busy) / seconds for now, then in zip(self.usage(), before, strict=True)]
         for request in requests:
             self.engine.abort(request)
-        return seconds / self.decode_tokens, (seconds - self.runner.seconds) / self.decode_tokens
+        for _ in range(self.depth):
+            self.engine.step()  # what is still under way
+        return Decoding(seconds / self.decode_tokens, outside, busy)
+
+    def ranks(self) -> list[dict[str, int]]:
+        """What each rank has held at most, and its part of the weights."""
+        return [{"peak_memory_bytes": usage.peak, "weight_bytes": usage.weights} for usage in self.usage()]
 
     def _submit(self, length: int, seed: int, max_tokens: int) -> Any:
         from maestrale.sampling.params import SamplingParams
@@ -184,7 +197,7 @@ def _measure(
 ) -> dict[str, dict[str, Any]]:
     """Warms up, then measures each kind in turn, again and again, so that a slow moment of the machine hits all."""
     prefills: list[float] = []
-    decodes: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes}
+    decodes: dict[int, list[Decoding]] = {size: [] for size in sizes}
     for done in range(repeats + 1):
         prefills.append(stand.prefill())
         for size in sizes:
@@ -194,10 +207,15 @@ def _measure(
         "prefill": rates([stand.prompt_tokens / seconds for seconds in prefills[1:]]),
         "decode": {
             str(size): {
-                **rates([size / step for step, _ in pairs[1:]]),
-                "engine_ms_per_step": 1e3 * median(engine for _, engine in pairs[1:]),
+                **rates([size / run.seconds for run in runs[1:]]),
+                "engine_ms_per_step": 1e3 * median(run.outside for run in runs[1:]),
+                **(
+                    {"busy": [median(shares) for shares in zip(*(run.busy for run in runs[1:]), strict=True)]}
+                    if runs[0].busy
+                    else {}
+                ),
             }
-            for size, pairs in decodes.items()
+            for size, runs in decodes.items()
         },
     }
 
@@ -238,9 +256,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
 def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
-    from maestrale.checkpoint.dtypes import byte_count
-
-    config, element_bytes = launched.config, byte_count(launched.dtype, (1,))
+    config, element_bytes = launched.config, launched.element_bytes
     work = prefill_operations(config, facts["prompt_tokens"])
     rate = facts["prefill"]["tokens_per_second"] / facts["prompt_tokens"] * work
     prefill = {"operations": work, "share_of_limit": rate / limits["matmul_operations_per_second"]}
@@ -267,7 +283,7 @@ def prefill_operations(config: ModelConfig, length: int) -> int:
 
 
 def step_bytes(
-    config: ModelConfig, size: int, length: int, element_bytes: int, tensor_bytes: Mapping[str, float] | None = None
+    config: ModelConfig, size: int, length: int, element_bytes: float, tensor_bytes: Mapping[str, float] | None = None
 ) -> int:
     """Bytes that a decode step of `size` sequences of `length` tokens must read: weights and cache.
 
@@ -293,7 +309,10 @@ def _show(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "tokens/s", "lowest … highest", "of limit", "engine ms/step", box=SIMPLE)
+    ranks = facts.get("ranks")
+    table = Table(
+        "", "tokens/s", "lowest … highest", "ranks busy" if ranks else "of limit", "engine ms/step", box=SIMPLE
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     rows = [(f"pre-fill, {facts['prompt_tokens']} tokens", facts["prefill"])]
@@ -303,7 +322,7 @@ def _show(facts: dict[str, Any]) -> None:
             name,
             f"{found['tokens_per_second']:,.1f}",
             f"{found['lowest']:,.1f} … {found['highest']:,.1f}",
-            f"{found['share_of_limit']:.0%}" if "share_of_limit" in found else "",
+            f"{found['share_of_limit']:.0%}" if "share_of_limit" in found else _percents(found.get("busy", ())),
             f"{found['engine_ms_per_step']:.2f}" if "engine_ms_per_step" in found else "",
         )
     console = Console(highlight=False)
@@ -313,6 +332,17 @@ def _show(facts: dict[str, Any]) -> None:
             f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s in {facts['dtype']} "
             f"(pre-fill), {limits['read_bytes_per_second'] / 1e9:,.1f} GB/s read (decode)"
         )
+    if facts["kernels"]:
+        console.print(f"kernels: {facts['kernels']}")
+    for rank, found in enumerate(ranks or ()):
+        console.print(
+            f"rank {rank}: peak memory {opt.readable_bytes(found['peak_memory_bytes'])}, of its weights "
+            f"{opt.readable_bytes(found['weight_bytes'])}"
+        )
     console.print(
         f"loaded in {facts['load_seconds']:.1f} s; peak memory {opt.readable_bytes(facts['peak_memory_bytes'])}"
     )
+
+
+def _percents(shares: Sequence[float]) -> str:
+    return " ".join(f"{share:.0%}" for share in shares)

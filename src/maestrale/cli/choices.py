@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maestrale.errors import DataError, RequestError
-from maestrale.text.samples import Row, read_rows
 from maestrale.text.vocabulary import require_text
 
 if TYPE_CHECKING:
     from maestrale.llm import LLM
+    from maestrale.text.samples import Row
 
 KEYS = ("query", "choices", "gold")  # of a question in lm-eval's own documents
 
@@ -41,6 +41,8 @@ def read_questions(path: Path, keys: Sequence[str] = KEYS) -> list[Question]:
 
     DataError that names every bad line.
     """
+    from maestrale.text.samples import read_rows
+
     questions, faults = [], []
     for row in read_rows(path):
         try:

@@ -7,21 +7,20 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import UsageError
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(help="A model folder, native, Hugging Face or packed, or a GGUF file.")],
-    dst: Annotated[Path, typer.Argument(help="The folder, or .gguf file, to write: whole, or not at all.")],
-    to: Annotated[str, typer.Option(help="The layout to write.", metavar="native|hf|gguf")],
+    src: Annotated[Path, Argument(help="A model folder, native, Hugging Face or packed, or a GGUF file.")],
+    dst: Annotated[Path, Argument(help="The folder, or .gguf file, to write: whole, or not at all.")],
+    to: Annotated[str, Option(help="The layout to write.", metavar="native|hf|gguf")],
     dtype: Annotated[
-        str, typer.Option(help="Of all weights: float32, bfloat16 or float16; auto keeps each tensor's own.")
+        str, Option(help="Of all weights: float32, bfloat16 or float16; auto keeps each tensor's own.")
     ] = "auto",
-    weights: Annotated[str, typer.Option(help="Of a GGUF file's linear layers.", metavar="bf16|q8_0|q4_0")] = "bf16",
-    force: Annotated[bool, typer.Option("--force", help="Replace what DST holds.")] = False,
+    weights: Annotated[str, Option(help="Of a GGUF file's linear layers.", metavar="bf16|q8_0|q4_0")] = "bf16",
+    force: Annotated[bool, Option("--force", help="Replace what DST holds.")] = False,
     ignore_unexpected: opt.IgnoreUnexpected = False,
 ) -> None:
     """Write a model folder in another layout, or as a GGUF file, with its tokenizer.

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -22,20 +21,18 @@ _LORA_SHARE = 0.01  # of the weights, about what rank 16 on all layers adds
 
 
 def data(
-    action: Annotated[str, typer.Argument(help="What to do.", metavar="check")],
-    file: Annotated[Path, typer.Argument(help="A .jsonl file, or .parquet with the parquet extra.")],
-    model: Annotated[
-        Path | None, typer.Option(help="Count tokens as this model does; else as the bundled one.", show_default=False)
-    ] = None,
-    task: Annotated[str, typer.Option(help="What the data is for.", metavar="lm|dpo|classify")] = "lm",
-    seq_len: Annotated[int, typer.Option(help="Longest sample in training, in tokens.")] = 2048,
-    fix: Annotated[
-        Path | None, typer.Option(help="Write a mended copy here: bad lines mended or left out.", show_default=False)
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what FIX names.")] = False,
+    action: Annotated[str, Argument(help="What to do.", metavar="check")],
+    file: Annotated[Path, Argument(help="A .jsonl file, or .parquet with the parquet extra.")],
+    model: Annotated[Path | None, Option(help="Count tokens as this model does; else as the bundled one.")] = None,
+    task: Annotated[str, Option(help="What the data is for.", metavar="lm|dpo|classify")] = "lm",
+    seq_len: Annotated[int, Option(help="Longest sample in training, in tokens.")] = 2048,
+    fix: Annotated[Path | None, Option(help="Write a mended copy here: bad lines mended or left out.")] = None,
+    force: Annotated[bool, Option("--force", help="Replace what FIX names.")] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Check training data: every bad line with its cause, tokens, samples over the length, time and memory.
+    """Check training data.
+
+    Shows every bad line with its cause, tokens, samples over the length, time and memory.
 
     Lines are {"messages": [...], "tools": [...]} or {"text": ...}; for dpo {"prompt", "chosen", "rejected"}; for
     classify {"text", "label"}. Leaves with 3 where a line cannot be used.

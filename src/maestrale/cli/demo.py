@@ -16,34 +16,18 @@ PROMPTS = (
 
 
 def demo(
+    model: opt.Writing,
     path: opt.Model = None,
     max_tokens: opt.MaxTokens = 35,
     temperature: opt.Temperature = 0.0,
-    dtype: opt.Dtype = "auto",
-    weights: opt.Weights = "auto",
-    device: opt.Device = "auto",
-    backend: opt.Backend = "auto",
-    threads: opt.Threads = None,
-    num_pipeline_ranks: opt.PipelineRanks = None,
-    tensor_parallel: opt.TensorParallel = None,
-    expert_parallel: opt.ExpertParallel = 1,
-    ignore_unexpected: opt.IgnoreUnexpected = False,
 ) -> None:
-    """Continue three prompts in one batch; on a terminal they grow together over a line of progress."""
+    """Continue three prompts in one batch.
+
+    On a terminal they grow together over a line of progress.
+    """
     from maestrale.sampling.params import SamplingParams
 
-    llm = opt.open_llm(
-        path,
-        dtype=dtype,
-        weights=weights,
-        device=device,
-        backend=backend,
-        threads=threads,
-        num_pipeline_ranks=num_pipeline_ranks,
-        tensor_parallel=tensor_parallel,
-        expert_parallel=expert_parallel,
-        ignore_unexpected=ignore_unexpected,
-    )
+    llm = model.open(path)
     texts, tokens, start = list(PROMPTS), 0, time.perf_counter()
     pieces = llm.stream(PROMPTS, SamplingParams(max_tokens=max_tokens, temperature=temperature))
 

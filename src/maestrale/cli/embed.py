@@ -4,51 +4,54 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import UsageError
 
-Texts = Annotated[
-    list[str] | None, typer.Option("--text", "-t", help="A text; may be given again.", show_default=False)
-]
+if TYPE_CHECKING:
+    from maestrale.reader import Reader
+
+Texts = Annotated[list[str] | None, Option("--text", "-t", help="A text; may be given again.")]
 File = Annotated[
     Path | None,
-    typer.Option(help="A file with a text a line (.jsonl: strings, or objects with text); - is standard input."),
+    Option(help="A file with a text a line (.jsonl: strings, or objects with text); - is standard input."),
 ]
+
+MaxLen = Annotated[int | None, Option(help="Longest text, in tokens.", group=opt.MODEL)]
 
 
 def embed(
+    running: opt.Running,
     path: opt.Model = None,
     text: Texts = None,
     texts: File = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    max_len: opt.MaxLen = None,
+    max_len: MaxLen = None,
 ) -> None:
-    """Print the embedding of each text, one JSON object a line: the mean of its tokens' last hidden states.
+    """Print the embedding of each text, one JSON object a line.
 
-    Each token sees those before it, as the model was trained.
+    It is the mean of its tokens' last hidden states. Each token sees those before it, as the model was trained.
     """
     found = _texts(text, texts)
-    for one, vector in zip(found, _reader(path, False, dtype, device, max_len).embed(found), strict=True):
+    for one, vector in zip(found, _reader(path, False, running, max_len).embed(found), strict=True):
         print(json.dumps({"text": one, "embedding": [float(f"{value:.7g}") for value in vector]}, ensure_ascii=False))
 
 
 def classify(
-    path: Annotated[Path, typer.Argument(help="A folder that finetune --task classify wrote.")],
+    running: opt.Running,
+    path: Annotated[Path, Argument(help="A folder that finetune --task classify wrote.")],
     text: Texts = None,
     texts: File = None,
-    dtype: opt.Dtype = "auto",
-    device: opt.Device = "auto",
-    max_len: opt.MaxLen = None,
+    max_len: MaxLen = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Print the likeliest class of each text and its probability; with --json those of all classes."""
+    """Print the likeliest class of each text and its probability.
+
+    With --json those of all classes.
+    """
     found = _texts(text, texts)
-    for one, shares in zip(found, _reader(path, True, dtype, device, max_len).classify(found), strict=True):
+    for one, shares in zip(found, _reader(path, True, running, max_len).classify(found), strict=True):
         label, share = next(iter(shares.items()))
         if as_json:
             print(json.dumps({"text": one, "label": label, "probabilities": shares}, ensure_ascii=False))
@@ -56,12 +59,11 @@ def classify(
             print(f"{label} {share:.3f}  {' '.join(one.split())[:100]}")
 
 
-def _reader(path: Path | None, classes: bool, dtype: str, device: str, max_len: int | None) -> Any:
+def _reader(path: Path | None, classes: bool, running: opt.Running, max_len: int | None) -> Reader:
     from maestrale.reader import Reader
 
     with opt.progress_line("loading") as progress:
-        options = {"dtype": dtype, "device": device, "max_len": max_len}
-        return Reader(path, classes, require_tokenizer=True, progress=progress, **options)
+        return Reader(path, classes, max_len=max_len, require_tokenizer=True, progress=progress, **vars(running))
 
 
 def _texts(given: list[str] | None, file: Path | None) -> list[str]:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from maestrale.cli import options as opt
 from maestrale.cli.choices import KEYS, Segment, accuracy, read_questions, segments
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -24,45 +23,34 @@ _MOST_NATS = 700  # whose perplexity is still a float
 
 
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A UTF-8 text file; - is standard input. Or a .jsonl file.")],
+    running: opt.Running,
+    file: Annotated[Path, Argument(help="A UTF-8 text file; - is standard input. Or a .jsonl file.")],
     model: Annotated[
         Path | None,
-        typer.Option(
-            help="A model folder; without one, the bundled model.", show_default=False, rich_help_panel=opt.MODEL
-        ),
+        Option(help="A model folder; without one, the bundled model.", group=opt.MODEL),
     ] = None,
     documents: Annotated[
-        bool, typer.Option("--documents", help="Three line feeds part the file into texts of their own.")
+        bool, Option("--documents", help="Three line feeds part the file into texts of their own.")
     ] = False,
     choices: Annotated[
         bool,
-        typer.Option("--choices", help="The file holds questions: which of the choices does the model find likeliest?"),
+        Option("--choices", help="The file holds questions: which of the choices does the model find likeliest?"),
     ] = False,
     keys: Annotated[
-        str, typer.Option(help="Of questions: the names of the query, the choices and the right one's number.")
+        str, Option(help="Of questions: the names of the query, the choices and the right one's number.")
     ] = ",".join(KEYS),
-    delimiter: Annotated[str, typer.Option(help="Of questions: what stands between a query and a choice.")] = " ",
+    delimiter: Annotated[str, Option(help="Of questions: what stands between a query and a choice.")] = " ",
     max_len: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Most tokens read in one go; without it the model's context, or all where every layer has a window.",
-            show_default=False,
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="New tokens in each segment of a longer text; half of them by default.", show_default=False),
+        Option(help="New tokens in each segment of a longer text; half of them by default."),
     ] = None,
-    dtype: opt.Dtype = "auto",
-    weights: opt.Weights = "auto",
-    device: opt.Device = "auto",
-    backend: opt.Backend = "auto",
-    threads: opt.Threads = None,
-    num_pipeline_ranks: opt.PipelineRanks = None,
-    tensor_parallel: opt.TensorParallel = None,
-    expert_parallel: opt.ExpertParallel = 1,
     max_batch_tokens: opt.MaxBatchTokens = None,
-    ignore_unexpected: opt.IgnoreUnexpected = False,
     as_json: opt.Json = False,
 ) -> None:
     """Score a text: nats per token, perplexity, bits per byte. With --choices, multiple choice: acc, acc_norm.
@@ -84,22 +72,9 @@ def evaluate(
             raise UsageError(f"{file}: holds no text")
     if stride is not None and stride < 1:
         raise UsageError(f"--stride {stride}: expected a whole number of at least 1")
-    if max_len is None and _has_window_everywhere(model, ignore_unexpected):
+    if max_len is None and _has_window_everywhere(model, running.ignore_unexpected):
         max_len = _LONGEST
-    llm = opt.open_llm(
-        model,
-        dtype=dtype,
-        weights=weights,
-        device=device,
-        backend=backend,
-        threads=threads,
-        num_pipeline_ranks=num_pipeline_ranks,
-        tensor_parallel=tensor_parallel,
-        expert_parallel=expert_parallel,
-        max_len=max_len,
-        max_batch_tokens=max_batch_tokens,
-        ignore_unexpected=ignore_unexpected,
-    )
+    llm = running.open(model, max_len=max_len, max_batch_tokens=max_batch_tokens, prefix_cache=False)
     if llm.max_len < 2:
         raise UsageError(f"--max-len {llm.max_len}: at least 2 tokens are needed to score one")
     if stride is not None and stride >= llm.max_len:

@@ -9,33 +9,26 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import UsageError
 
 _EXTRA = ("torch", "yaml", "matplotlib")
 
 
 def finetune(
-    model: Annotated[Path, typer.Argument(help="A model folder, or a bundled model's name.")],
-    data: Annotated[
-        str | None, typer.Argument(help="Samples (see data check), instead of data.train.", show_default=False)
-    ] = None,
+    model: Annotated[Path, Argument(help="A model folder, or a bundled model's name.")],
+    data: Annotated[str | None, Argument(help="Samples (see data check), instead of data.train.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A .yaml or .toml file, such as examples/finetune-lora.yaml.", show_default=False),
+        Option(help="A .yaml or .toml file, such as examples/finetune-lora.yaml."),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="What to learn.", metavar="lm|dpo|classify", show_default=False)
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="What learns.", metavar="lora|dora|qlora|full", show_default=False)
-    ] = None,
-    heldout: Annotated[str | None, typer.Option(help="Samples to measure by.", show_default=False)] = None,
-    out: Annotated[str | None, typer.Option(help="Folder to write.", show_default=False)] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state, bit for bit.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Begin again, and replace what is there.")] = False,
+    task: Annotated[str | None, Option(help="What to learn.", metavar="lm|dpo|classify")] = None,
+    method: Annotated[str | None, Option(help="What learns.", metavar="lora|dora|qlora|full")] = None,
+    heldout: Annotated[str | None, Option(help="Samples to measure by.")] = None,
+    out: Annotated[str | None, Option(help="Folder to write.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last saved state, bit for bit.")] = False,
+    force: Annotated[bool, Option("--force", help="Begin again, and replace what is there.")] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Fine-tune a model. The run is kept beside OUT, in OUT.run: state, log, picture of the losses.

@@ -7,9 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Option
 from maestrale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,68 +19,39 @@ SEPARATOR = "====================="
 
 
 def generate(
+    sampling: opt.Sampling,
+    model: opt.Writing,
     path: opt.Model = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be given again.", show_default=False)
-    ] = None,
+    prompt: Annotated[list[str] | None, Option("--prompt", "-p", help="A prompt; may be given again.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help="A file with a prompt a line (.jsonl: JSON strings); - is standard input.", show_default=False
-        ),
+        Option(help="A file with a prompt a line (.jsonl: JSON strings); - is standard input."),
     ] = None,
     max_tokens: opt.MaxTokens = 128,
-    temperature: opt.Temperature = 0.7,
-    top_k: opt.TopK = 0,
-    top_p: opt.TopP = 0.95,
-    min_p: opt.MinP = 0.0,
-    repetition_penalty: opt.RepetitionPenalty = 1.0,
     presence_penalty: Annotated[
         float,
-        typer.Option(help="Taken off the logit of each token generated already.", rich_help_panel=opt.SAMPLING),
+        Option(help="Taken off the logit of each token generated already.", group=opt.SAMPLING),
     ] = 0.0,
     frequency_penalty: Annotated[
-        float, typer.Option(help="The same, once for each time it was generated.", rich_help_panel=opt.SAMPLING)
+        float, Option(help="The same, once for each time it was generated.", group=opt.SAMPLING)
     ] = 0.0,
-    seed: opt.Seed = None,
-    beam_width: Annotated[
-        int, typer.Option(help="Above 1: beam search of that width.", rich_help_panel=opt.SAMPLING)
-    ] = 1,
-    length_penalty: Annotated[
-        float, typer.Option(help="Beam search: above 0 favours long text.", rich_help_panel=opt.SAMPLING)
-    ] = 1.0,
-    n: Annotated[int, typer.Option("--n", "-n", help="Continuations of each prompt.")] = 1,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given again.", show_default=False)
-    ] = None,
-    min_tokens: Annotated[int, typer.Option(help="No end before so many tokens.")] = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
+    beam_width: Annotated[int, Option(help="Above 1: beam search of that width.", group=opt.SAMPLING)] = 1,
+    length_penalty: Annotated[float, Option(help="Beam search: above 0 favours long text.", group=opt.SAMPLING)] = 1.0,
+    n: Annotated[int, Option("--n", "-n", help="Continuations of each prompt.")] = 1,
+    stop: Annotated[list[str] | None, Option(help="End before this text; may be given again.")] = None,
+    min_tokens: Annotated[int, Option(help="No end before so many tokens.")] = 0,
+    ignore_eos: Annotated[bool, Option("--ignore-eos", help="Go on after an end-of-sequence token.")] = False,
     json_schema: Annotated[
         Path | None,
-        typer.Option(help="A file with a JSON schema that the continuation keeps to.", show_default=False),
+        Option(help="A file with a JSON schema that the continuation keeps to."),
     ] = None,
-    regex: Annotated[
-        str | None, typer.Option(help="A regular expression that it matches as a whole.", show_default=False)
-    ] = None,
-    grammar: Annotated[
-        Path | None, typer.Option(help="A file with a Lark grammar that it keeps to.", show_default=False)
-    ] = None,
+    regex: Annotated[str | None, Option(help="A regular expression that it matches as a whole.")] = None,
+    grammar: Annotated[Path | None, Option(help="A file with a Lark grammar that it keeps to.")] = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="With --json: logprobs, and those of so many alternatives, 0 to 20.", show_default=False),
+        Option(help="With --json: logprobs, and those of so many alternatives, 0 to 20."),
     ] = None,
-    prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt.", show_default=False)] = None,
-    dtype: opt.Dtype = "auto",
-    weights: opt.Weights = "auto",
-    device: opt.Device = "auto",
-    backend: opt.Backend = "auto",
-    threads: opt.Threads = None,
-    num_pipeline_ranks: opt.PipelineRanks = None,
-    tensor_parallel: opt.TensorParallel = None,
-    expert_parallel: opt.ExpertParallel = 1,
-    max_len: opt.MaxLen = None,
-    max_batch_tokens: opt.MaxBatchTokens = None,
-    ignore_unexpected: opt.IgnoreUnexpected = False,
+    prompt_logprobs: Annotated[int | None, Option(help="The same for the prompt.")] = None,
     adapter: opt.Adapter = None,
     json: opt.Json = False,
 ) -> None:
@@ -96,39 +66,20 @@ def generate(
         raise UsageError("no prompt: give one with -p TEXT, or many with --prompts FILE")
     params = SamplingParams(
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
+        **vars(sampling),
         stop=stop or (),
         n=n,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
-        repetition_penalty=repetition_penalty,
         min_tokens=min_tokens,
         ignore_eos=ignore_eos,
         beam_width=beam_width,
         length_penalty=length_penalty,
         constraint=_constraint(json_schema, regex, grammar),
     )
-    llm = opt.open_llm(
-        path,
-        dtype=dtype,
-        weights=weights,
-        device=device,
-        backend=backend,
-        threads=threads,
-        num_pipeline_ranks=num_pipeline_ranks,
-        tensor_parallel=tensor_parallel,
-        expert_parallel=expert_parallel,
-        max_len=max_len,
-        max_batch_tokens=max_batch_tokens,
-        ignore_unexpected=ignore_unexpected,
-        adapters={"adapter": adapter} if adapter else None,
-    )
+    llm = model.open(path, adapters={"adapter": adapter} if adapter else None)
     name = "adapter" if adapter else None
     if len(texts) == 1 and n == 1 and not json:
         before = texts[0]  # shown with the first piece: a prompt that is refused is not shown

@@ -10,9 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Option
 from maestrale.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -33,23 +32,27 @@ def inspect(
     path: opt.Model = None,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a sequence; without it the model's context, or 32768.", show_default=False),
+        Option(help="Tokens of a sequence; without it the model's context, or 32768."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="To run in: float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    batch: Annotated[int, Option(help="Sequences at once.")] = 1,
+    dtype: Annotated[str, Option(help="To run in: float32, bfloat16, float16 or auto (as stored).")] = "auto",
+    cache: opt.Cache = "auto",
     devices: Annotated[
         str | None,
-        typer.Option(help="Which divisions fit these: 2x24GB, or 8x80GB.", show_default=False),
+        Option(help="Which divisions fit these: 2x24GB, or 8x80GB."),
     ] = None,
-    device_bandwidth: Annotated[float, typer.Option(help="With --devices: of a device's memory, GB/s.")] = 1000.0,
-    link: Annotated[float, typer.Option(help="With --devices: between two devices, GB/s.")] = 25.0,
+    device_bandwidth: Annotated[float, Option(help="With --devices: of a device's memory, GB/s.")] = 1000.0,
+    link: Annotated[float, Option(help="With --devices: between two devices, GB/s.")] = 25.0,
     check_tensors: Annotated[
-        bool, typer.Option("--check-tensors", help="Read all weights; name those with NaN or Inf and leave with 3.")
+        bool, Option("--check-tensors", help="Read all weights; name those with NaN or Inf and leave with 3.")
     ] = False,
     ignore_unexpected: opt.IgnoreUnexpected = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show a model's architecture, parameters, memory and tokenizer; only headers are read."""
+    """Show a model's architecture, parameters, memory and tokenizer.
+
+    Only headers are read.
+    """
     from maestrale.checkpoint.dtypes import byte_count, read_dtype
     from maestrale.checkpoint.reader import check_finite, open_checkpoint
     from maestrale.cli.splits import read_devices, splits
@@ -60,7 +63,7 @@ def inspect(
         if value is not None and not 0 < value <= _LONGEST:
             raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
     with open_checkpoint(model_folder(path), ignore_unexpected) as checkpoint:
-        facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype))
+        facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype), cache)
         if planned is not None:
             element_bytes = byte_count(facts["weights"]["dtype"], (1,))
             facts["splits"] = splits(checkpoint.config, planned, facts["cache"]["length"], batch, element_bytes)
@@ -74,14 +77,14 @@ def inspect(
         raise CheckpointError(f"{facts['path']}: NaN or Inf in the weights: {', '.join(bad)}")
 
 
-def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str, cache: str = "auto") -> dict[str, Any]:
     """What `--json` prints. Sizes in bytes, lengths in tokens; weights.bits: stored for a weight, on average.
 
     cache.longest_context: the most tokens of each of `batch` sequences that fit memory.cache_budget; null where any
     length does, which windows in all layers make possible.
     """
     from maestrale.checkpoint.dtypes import byte_count
-    from maestrale.launch import longest_context
+    from maestrale.launch import cache_element, kernels_here, longest_context
     from maestrale.memory import available_memory, cache_budget
     from maestrale.plan import cache_bytes, count_parameters
 
@@ -93,8 +96,8 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
     budget = cache_budget(memory, weight_bytes)
     length = length or config.max_position_embeddings or _CONTEXT
     unwindowed = replace(config, sliding_window=(None,) * config.n_layers)
-    cache = batch * cache_bytes(config, length, element_bytes)
-    longest = longest_context(config, _LONGEST, batch, element_bytes, budget)
+    kept = cache_element(config, dtype, cache)
+    longest = longest_context(config, _LONGEST, batch, kept, budget)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -111,10 +114,11 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str)
         "cache": {
             "length": length,
             "batch": batch,
-            "bytes": cache,
-            "bytes_without_windows": batch * cache_bytes(unwindowed, length, element_bytes),
+            "bytes": batch * cache_bytes(config, length, kept),
+            "bytes_without_windows": batch * cache_bytes(unwindowed, length, kept),
             "longest_context": None if longest == _LONGEST else longest,
         },
+        "kernels": kernels_here(),
         "memory": {"available": memory, "cache_budget": budget, "fits": weight_bytes <= memory and length <= longest},
     }
 
@@ -168,6 +172,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("cache", f"{_size(cache['bytes'])} at {cache['length']:,} tokens{sequences}"),
         ("without windows", _size(cache["bytes_without_windows"])),
         ("memory here", f"{_size(memory['available'])}, of which {_size(memory['cache_budget'])} for the cache"),
+        ("kernels here", facts["kernels"]),
         ("fits here", "yes" if memory["fits"] else "no"),
         ("longest that fits", longest),
     ]

@@ -5,24 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Argument, Option
 
 
 def merge(
-    model: Annotated[Path, typer.Argument(help="The model folder that the adapter was made for.")],
-    adapter: Annotated[Path, typer.Argument(help="The adapter: a folder of PEFT's or native, or a native file.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write: whole, or not at all.")],
-    to: Annotated[str, typer.Option(help="The layout to write.", metavar="native|hf")] = "native",
+    model: Annotated[Path, Argument(help="The model folder that the adapter was made for.")],
+    adapter: Annotated[Path, Argument(help="The adapter: a folder of PEFT's or native, or a native file.")],
+    out: Annotated[Path, Argument(help="The folder to write: whole, or not at all.")],
+    to: Annotated[str, Option(help="The layout to write.", metavar="native|hf")] = "native",
     dtype: Annotated[
-        str, typer.Option(help="Of all weights: float32, bfloat16 or float16; auto keeps each tensor's own.")
+        str, Option(help="Of all weights: float32, bfloat16 or float16; auto keeps each tensor's own.")
     ] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="Replace what OUT holds.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace what OUT holds.")] = False,
 ) -> None:
-    """Write the model with a LoRA or DoRA adapter merged into its weights, tensor by tensor.
+    """Write the model with a LoRA or DoRA adapter in its weights.
 
-    Sums are fp32 and rounded once. To run adapters unmerged, several at once:
+    Tensor by tensor; sums are fp32 and rounded once. To run adapters unmerged, several at once:
     LLM(path, adapters={name: folder}).
     """
     from maestrale.checkpoint.convert import convert

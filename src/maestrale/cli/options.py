@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,86 +17,86 @@ if TYPE_CHECKING:
 
     from maestrale.llm import LLM
 
-MODEL, SAMPLING = "Model", "Sampling"  # panels of the help screens
+MODEL, SAMPLING = "Model", "Sampling"  # groups of the help screens
 
-Model = Annotated[
-    Path | None, typer.Argument(help="A model folder; without one, the bundled model.", show_default=False)
-]
-Dtype = Annotated[
-    str, typer.Option(help="Compute in float32, bfloat16, float16 or auto (as stored).", rich_help_panel=MODEL)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=MODEL)]
-Weights = Annotated[
-    str, typer.Option(help="auto (as stored), bf16, int8 or int4 (quantized while loading).", rich_help_panel=MODEL)
-]
-Backend = Annotated[
-    str, typer.Option(help="auto (torch on a GPU, else native), native or torch.", rich_help_panel=MODEL)
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        help="Threads of the native backend; all cores where not said.", show_default=False, rich_help_panel=MODEL
-    ),
-]
-MaxLen = Annotated[
-    int | None,
-    typer.Option(help="Longest prompt and completion together, in tokens.", show_default=False, rich_help_panel=MODEL),
-]
-MaxBatchTokens = Annotated[
-    int | None, typer.Option(help="Most tokens computed in one step.", show_default=False, rich_help_panel=MODEL)
-]
-PipelineRanks = Annotated[
-    int | None,
-    typer.Option(
-        "--num-pipeline-ranks", help="Under torchrun: stages of layers.", show_default=False, rich_help_panel=MODEL
-    ),
-]
-TensorParallel = Annotated[
-    int | None,
-    typer.Option(help="Under torchrun: shards of each layer.", show_default=False, rich_help_panel=MODEL),
-]
-ExpertParallel = Annotated[
-    int, typer.Option(help="Under torchrun: groups that a mixture's experts are divided into.", rich_help_panel=MODEL)
-]
-Adapter = Annotated[
-    Path | None,
-    typer.Option(help="A LoRA adapter to run the model with, unmerged.", show_default=False, rich_help_panel=MODEL),
-]
+Model = Annotated[Path | None, Argument(help="A model folder; without one, the bundled model.")]
+Adapter = Annotated[Path | None, Option(help="A LoRA adapter to run the model with, unmerged.", group=MODEL)]
 IgnoreUnexpected = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-unexpected",
-        help="Go on where the files hold tensors that the model has no place for.",
-        rich_help_panel=MODEL,
-    ),
+    bool, Option(help="Go on where the files hold tensors that the model has no place for.", group=MODEL)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate for a prompt.")]
-Temperature = Annotated[
-    float, typer.Option(help="0 takes the likeliest token, 1 draws as the model says.", rich_help_panel=SAMPLING)
-]
-TopK = Annotated[int, typer.Option(help="Draw from the k likeliest only; 0 is all.", rich_help_panel=SAMPLING)]
-TopP = Annotated[
-    float, typer.Option(help="Draw from the likeliest up to this share of probability.", rich_help_panel=SAMPLING)
-]
-MinP = Annotated[
-    float,
-    typer.Option(help="Leave out tokens less likely than this share of the likeliest.", rich_help_panel=SAMPLING),
-]
-RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1, tokens that stand already become less likely.", rich_help_panel=SAMPLING)
-]
-Seed = Annotated[
-    int | None, typer.Option(help="The same seed draws the same text.", show_default=False, rich_help_panel=SAMPLING)
-]
+Json = Annotated[bool, Option("--json", help="Print JSON for programs.")]
+Cache = Annotated[str, Option(help="Of keys and values: auto (as computed) or int8, half of bfloat16.", group=MODEL)]
+MaxTokens = Annotated[int, Option(help="Most tokens to generate for a prompt.")]
+MaxBatchTokens = Annotated[int | None, Option(help="Most tokens computed in one step.", group=MODEL)]
+Temperature = Annotated[float, Option(help="0 takes the likeliest token, 1 draws as the model says.", group=SAMPLING)]
 
 
-def open_llm(path: Path | None, **options: Any) -> LLM:
-    """The model, with a line of progress on the terminal while it loads."""
-    from maestrale.llm import LLM
+@dataclass(frozen=True)
+class Running:
+    """How any verb runs a model: arguments of `LLM`, under its names."""
 
-    with progress_line("loading") as progress:
-        return LLM(path, require_tokenizer=True, progress=progress, **options)
+    dtype: Annotated[str, Option(help="Compute in float32, bfloat16, float16 or auto (as stored).", group=MODEL)] = (
+        "auto"
+    )
+    weights: Annotated[
+        str, Option(help="auto (as stored), bf16, int8, int4 or, on a GPU, fp8 (quantized while loading).", group=MODEL)
+    ] = "auto"
+    cache: Cache = "auto"
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1 …", group=MODEL)] = "auto"
+    backend: Annotated[str, Option(help="auto (torch on a GPU, else native), native or torch.", group=MODEL)] = "auto"
+    threads: Annotated[
+        int | None, Option(help="Threads of the native backend; all cores where not said.", group=MODEL)
+    ] = None
+    num_pipeline_ranks: Annotated[int | None, Option(help="Under torchrun: stages of layers.", group=MODEL)] = None
+    tensor_parallel: Annotated[int | None, Option(help="Under torchrun: shards of each layer.", group=MODEL)] = None
+    expert_parallel: Annotated[
+        int, Option(help="Under torchrun: groups that a mixture's experts are divided into.", group=MODEL)
+    ] = 1
+    distributed_timeout: Annotated[
+        float, Option(help="Seconds after which a rank that does not answer counts as gone.", group=MODEL)
+    ] = 120.0
+    ignore_unexpected: IgnoreUnexpected = False
+
+    def open(self, path: Path | None, **others: Any) -> LLM:
+        """The model, with a line of progress on the terminal while it loads. others: more arguments of `LLM`."""
+        from maestrale.llm import LLM
+
+        with progress_line("loading") as progress:
+            return LLM(path, require_tokenizer=True, progress=progress, **vars(self), **others)
+
+
+@dataclass(frozen=True)
+class Writing(Running):
+    """How a verb runs a model that continues texts."""
+
+    max_len: Annotated[int | None, Option(help="Longest prompt and completion together, in tokens.", group=MODEL)] = (
+        None
+    )
+    max_batch_tokens: MaxBatchTokens = None
+    prefix_cache: Annotated[
+        bool, Option(help="Keep what was computed for texts that begin alike; changes no text.", group=MODEL)
+    ] = True
+    speculate: Annotated[
+        bool, Option(help="Try again what the text has said before, checked at once; changes no text.", group=MODEL)
+    ] = True
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen: fields of `SamplingParams`, under their names."""
+
+    temperature: Temperature = 0.7
+    top_k: Annotated[int, Option(help="Draw from the k likeliest only; 0 is all.", group=SAMPLING)] = 0
+    top_p: Annotated[float, Option(help="Draw from the likeliest up to this share of probability.", group=SAMPLING)] = (
+        0.95
+    )
+    min_p: Annotated[
+        float, Option(help="Leave out tokens less likely than this share of the likeliest.", group=SAMPLING)
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Option(help="Above 1, tokens that stand already become less likely.", group=SAMPLING)
+    ] = 1.0
+    seed: Annotated[int | None, Option(help="The same seed draws the same text.", group=SAMPLING)] = None
 
 
 @contextmanager

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,40 +17,39 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    src: Annotated[Path, typer.Argument(help="A model folder, native or Hugging Face, or a GGUF file.")],
-    dst: Annotated[Path, typer.Argument(help="The folder to write: whole, or not at all.")],
-    weights: Annotated[str, typer.Option(help="Of the linear layers: int8 or int4.", metavar="int8|int4")],
-    group: Annotated[int, typer.Option(help="Inputs that share an int4 scale.", metavar="32|64|128")] = 32,
+    src: Annotated[Path, Argument(help="A model folder, native or Hugging Face, or a GGUF file.")],
+    dst: Annotated[Path, Argument(help="The folder to write: whole, or not at all.")],
+    weights: Annotated[str, Option(help="Of the linear layers: int8 or int4.", metavar="int8|int4")],
+    group: Annotated[int, Option(help="Inputs that share an int4 scale.", metavar="32|64|128")] = 32,
     head: Annotated[
         str | None,
-        typer.Option(help="Of the output layer, where it is to differ.", metavar="int8|int4", show_default=False),
+        Option(help="Of the output layer, where it is to differ.", metavar="int8|int4"),
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="A UTF-8 text like those that the model is for: errors are kept small where it needs it (GPTQ; takes "
             "torch, memory and time).",
-            show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what DST holds.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace what DST holds.")] = False,
     ignore_unexpected: opt.IgnoreUnexpected = False,
 ) -> None:
-    """Write a packed folder with int8 or int4 weights, about a half or a quarter of the size in bfloat16.
+    """Write a packed folder with int8 or int4 weights.
 
-    int8 has a scale for each row, int4 one for each group of inputs; a layer whose inputs no group divides becomes
-    int8. Norms, routers and embeddings stay as they are. Memory holds one tensor at a time. SRC is only read.
+    That is about a half or a quarter of the size in bfloat16. int8 has a scale for each row, int4 one for each group
+    of inputs; a layer whose inputs no group divides becomes int8. Norms, routers and embeddings stay as they are.
+    Memory holds one tensor at a time. SRC is only read.
     """
     from maestrale.checkpoint import quantize as quantization
     from maestrale.checkpoint.reader import open_checkpoint
-    from maestrale.checkpoint.rounding import round_to_nearest
-    from maestrale.launch import model_folder
+    from maestrale.launch import model_folder, nearest_rounding
     from maestrale.plan import count_parameters
     from maestrale.text.tokenizer import is_tokenizer_file
 
     src = model_folder(src)
     recipe, start = quantization.Recipe(weights, group, head), time.perf_counter()
-    quantizer = round_to_nearest if calibrate is None else _calibrated(src, calibrate, ignore_unexpected)
+    quantizer = nearest_rounding() if calibrate is None else _calibrated(src, calibrate, ignore_unexpected)
     with opt.progress_line("quantizing") as show:
         quantization.quantize(src, dst, recipe, quantizer, force, ignore_unexpected, show)
     seconds = time.perf_counter() - start

@@ -6,15 +6,21 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+import click
 
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Option
 from maestrale.errors import UsageError
 
 _SERVER, _LIMITS = "Server", "Limits"
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # click's types, as TOML has them
+    "integer": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "boolean": ((bool,), "true or false"),
+}
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
     """The file's values become the defaults of the options, so a flag and the environment go before it."""
     if path is None:
         return None
@@ -22,97 +28,84 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         values = tomllib.loads(opt.read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: no TOML: {error}") from None
-    known = {str(parameter.name) for parameter in context.command.params} - {"config", "help", "debug"}
+    known = {str(p.name): p for p in context.command.params if p.name not in ("config", "help", "debug")}
     values = {name.replace("-", "_"): value for name, value in values.items()}
     if unknown := values.keys() - known:
         raise UsageError(f"{path}: no such option: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    for name, value in values.items():
+        kinds, words = _KINDS.get(known[name].type.name, ((str,), "a text"))
+        several = known[name].multiple
+        each = value if several and isinstance(value, list) else [value]
+        if (several and not isinstance(value, list)) or not all(type(one) in kinds for one in each):
+            shape = f"a list, each {words}" if several else words
+            raise UsageError(f"{path}: {name} = {str(value)[:80]}: expected {shape}")
     context.default_map = values
     return path
 
 
 def serve(
     path: opt.Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", rich_help_panel=_SERVER)] = 8000,
+    host: Annotated[str, Option(help="Address to listen on.", group=_SERVER)] = "127.0.0.1",
+    port: Annotated[int, Option(help="Port; 0 takes a free one.", group=_SERVER)] = 8000,
     name: Annotated[
         str | None,
-        typer.Option(
-            help="The model's name in requests; else its folder's.", show_default=False, rich_help_panel=_SERVER
-        ),
+        Option(help="The model's name in requests; else its folder's.", group=_SERVER),
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="A file with an API key a line.", show_default=False, rich_help_panel=_SERVER),
+        Option(help="A file with an API key a line.", group=_SERVER),
     ] = None,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(
-            help="An API key; better in a file or as MAESTRALE_API_KEY.", show_default=False, rich_help_panel=_SERVER
-        ),
+        Option(help="An API key; better in a file or as MAESTRALE_API_KEY.", group=_SERVER),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name that clients may call us by.", show_default=False, rich_help_panel=_SERVER),
+        Option(help="A name that clients may call us by.", group=_SERVER),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="An origin whose web pages may call.", show_default=False, rich_help_panel=_SERVER),
+        Option(help="An origin whose web pages may call.", group=_SERVER),
     ] = None,
-    log_json: Annotated[
-        bool, typer.Option("--log-json", help="Log a JSON object a line.", rich_help_panel=_SERVER)
-    ] = False,
+    log_json: Annotated[bool, Option("--log-json", help="Log a JSON object a line.", group=_SERVER)] = False,
     config: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="A TOML file with any of these options.",
-            show_default=False,
-            is_eager=True,
+            early=True,
             callback=_read_config,
-            rich_help_panel=_SERVER,
+            group=_SERVER,
         ),
     ] = None,
-    max_queue: Annotated[
-        int, typer.Option(help="Requests that may wait; more are told to try later.", rich_help_panel=_LIMITS)
-    ] = 256,
-    max_sequences: Annotated[int, typer.Option(help="Sequences that run at once.", rich_help_panel=_LIMITS)] = 64,
-    max_batch_tokens: opt.MaxBatchTokens = None,
-    max_len: opt.MaxLen = None,
-    request_timeout: Annotated[
-        float, typer.Option(help="Seconds until a request's last token.", rich_help_panel=_LIMITS)
-    ] = 600.0,
-    drain: Annotated[
-        float, typer.Option(help="Seconds for open requests to end after SIGTERM.", rich_help_panel=_LIMITS)
-    ] = 30.0,
-    header_timeout: Annotated[
-        float, typer.Option(help="Seconds for a request's head to arrive.", rich_help_panel=_LIMITS)
-    ] = 10.0,
-    body_timeout: Annotated[
-        float, typer.Option(help="Seconds for a request's body to arrive.", rich_help_panel=_LIMITS)
-    ] = 30.0,
-    write_timeout: Annotated[
-        float, typer.Option(help="Seconds a client may leave an answer unread.", rich_help_panel=_LIMITS)
-    ] = 60.0,
+    max_queue: Annotated[int, Option(help="Requests that may wait; more are told to try later.", group=_LIMITS)] = 256,
+    max_sequences: Annotated[int, Option(help="Sequences that run at once.", group=_LIMITS)] = 64,
+    request_timeout: Annotated[float, Option(help="Seconds until a request's last token.", group=_LIMITS)] = 600.0,
+    drain: Annotated[float, Option(help="Seconds for open requests to end after SIGTERM.", group=_LIMITS)] = 30.0,
+    header_timeout: Annotated[float, Option(help="Seconds for a request's head to arrive.", group=_LIMITS)] = 10.0,
+    body_timeout: Annotated[float, Option(help="Seconds for a request's body to arrive.", group=_LIMITS)] = 30.0,
+    write_timeout: Annotated[float, Option(help="Seconds a client may leave an answer unread.", group=_LIMITS)] = 60.0,
     ping: Annotated[
-        float, typer.Option(help="Seconds of silence after which a stream says that it lives.", rich_help_panel=_LIMITS)
+        float, Option(help="Seconds of silence after which a stream says that it lives.", group=_LIMITS)
     ] = 10.0,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request's body.", rich_help_panel=_LIMITS)] = 16 << 20,
+    stream_interval: Annotated[
+        float, Option(help="Least seconds between two events of a stream; 0: one for each step.", group=_LIMITS)
+    ] = 0.02,
+    distributed_timeout: Annotated[
+        float,
+        Option(
+            help="Under torchrun: seconds after which a rank that does not answer counts as hanging.", group=_LIMITS
+        ),
+    ] = 120.0,
+    max_body: Annotated[int, Option(help="Bytes of a request's body.", group=_LIMITS)] = 16 << 20,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="NAME=FOLDER: a LoRA adapter that requests may ask for as a model; may be given again.",
-            show_default=False,
-            rich_help_panel=opt.MODEL,
+            group=opt.MODEL,
         ),
     ] = None,
-    dtype: opt.Dtype = "auto",
-    weights: opt.Weights = "auto",
-    device: opt.Device = "auto",
-    backend: opt.Backend = "auto",
-    threads: opt.Threads = None,
-    num_pipeline_ranks: opt.PipelineRanks = None,
-    tensor_parallel: opt.TensorParallel = None,
-    expert_parallel: opt.ExpertParallel = 1,
-    ignore_unexpected: opt.IgnoreUnexpected = False,
+    *,
+    model: opt.Writing,
 ) -> None:
     """Serve a model to OpenAI's, Mistral's and other clients.
 
@@ -142,30 +135,18 @@ def serve(
         body_timeout=body_timeout,
         write_timeout=write_timeout,
         ping=ping,
+        stream_interval=stream_interval,
         max_body=max_body,
         log_json=log_json,
     )
     code = run(
         settings,
-        lambda: opt.open_llm(
-            path,
-            dtype=dtype,
-            weights=weights,
-            device=device,
-            backend=backend,
-            threads=threads,
-            num_pipeline_ranks=num_pipeline_ranks,
-            tensor_parallel=tensor_parallel,
-            expert_parallel=expert_parallel,
-            adapters=adapters,
-            max_len=max_len,
-            max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences,
-            ignore_unexpected=ignore_unexpected,
+        lambda: model.open(
+            path, adapters=adapters, max_sequences=max_sequences, distributed_timeout=distributed_timeout
         ),
     )
     if code:
-        raise typer.Exit(code)
+        raise click.exceptions.Exit(code)
 
 
 def _name(path: Path | None) -> str:

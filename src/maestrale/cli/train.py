@@ -8,26 +8,23 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from maestrale.cli import options as opt
+from maestrale.cli.declare import Argument, Option
 from maestrale.errors import UsageError
 
 _EXTRA = ("torch", "sentencepiece", "yaml", "matplotlib")
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A .yaml or .toml file, such as examples/train-stories.yaml.")],
+    config: Annotated[Path, Argument(help="A .yaml or .toml file, such as examples/train-stories.yaml.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text files instead of the file's data.train; may be given again, may hold *."),
+        Option(help="Text files instead of the file's data.train; may be given again, may hold *."),
     ] = None,
-    heldout: Annotated[str | None, typer.Option(help="Instead of the file's data.heldout.", show_default=False)] = None,
-    out: Annotated[
-        str | None, typer.Option(help="Folder to write instead of the file's out.", show_default=False)
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last saved state, bit for bit.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Begin again, and replace what is there.")] = False,
+    heldout: Annotated[str | None, Option(help="Instead of the file's data.heldout.")] = None,
+    out: Annotated[str | None, Option(help="Folder to write instead of the file's out.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on from the last saved state, bit for bit.")] = False,
+    force: Annotated[bool, Option("--force", help="Begin again, and replace what is there.")] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Train a model from scratch. The run is kept beside OUT, in OUT.run: state, log, picture of the losses."""

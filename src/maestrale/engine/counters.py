@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PoolCounters:
-    """Pages of one kind of layer. window: the kind's, None where it has none. Held ones are the rest of `total`."""
+    """Pages of one kind of layer. window: the kind's, None where it has none. Held ones are the rest of `total`;
+    in_step: those that were held when the last step was sent, by sequences that may have ended with it."""
 
     window: int | None
     total: int
     free: int
     cached: int
     evictions: int
+    in_step: int
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -75,6 +75,7 @@ class Engine:
         self.growth = Growth(self.scheduler, self.speculation, vocab_size, tokenizer)
         self.suspects = Suspects()
         self._under_way: deque[Step] = deque()
+        self._in_step = [0] * len(self.pages.pools)
         self.steps = self.tokens_in = self.tokens_out = self.failed = self.failed_steps = 0
 
     def submit(
@@ -100,7 +101,7 @@ class Engine:
         request = Request(
             prompt,
             params,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            seed=int.from_bytes(os.urandom(8)) >> 1 if params.seed is None else params.seed,
             length_limit=min(len(prompt) + params.max_tokens, layout.max_len),
             chunk=min(chunk_size or layout.max_chunk, layout.max_chunk),
             keep_logits=keep_logits,
@@ -143,6 +144,7 @@ class Engine:
         if not schedule.work:
             return False
         self.steps += 1
+        self._in_step = [pool.held for pool in self.pages.pools]
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         batch = assemble(schedule, wanted, len(self.pages.pools))
         parts = {}
@@ -161,7 +163,7 @@ class Engine:
             output = self._pipeline.receive() if self._pipeline is not None else self.runner.step(step.batch)
         except DistributedError:
             raise  # no request's fault, and there is nothing left to run on
-        except Exception as error:
+        except Exception as error:  # of any kind: a backend's errors are its own, and one request must not end all
             self._confine(step.schedule, error)
             return []
         except BaseException:  # Ctrl-C: whoever is asked to go on after it must find whole pages
@@ -176,7 +178,7 @@ class Engine:
                 continue
             try:
                 self._read_prompt_rows(sequence, part.wanted, rows)
-            except Exception as error:
+            except Exception as error:  # its own rows are bad: no concern of the others
                 self._fail(sequence.request, error)
             self.prefixes.publish(sequence)
             if part.last and not sequence.request.finished:
@@ -187,7 +189,7 @@ class Engine:
         for request, last_rows in ready.items():
             try:
                 news += [(request, piece) for piece in self.growth.advance(request, last_rows)]
-            except Exception as error:
+            except Exception as error:  # likewise
                 self._fail(request, error)
         self.tokens_out += sum(len(piece.token_ids) for _, piece in news)
         return news
@@ -200,8 +202,10 @@ class Engine:
             running=len(running),
             sequences=sum(len(request.sequences) for request in running),
             pools=tuple(
-                PoolCounters(window, total, len(pool.free), len(pool.cached), pool.evictions)
-                for window, total, pool in zip(layout.windows, layout.pages, self.pages.pools, strict=True)
+                PoolCounters(window, total, len(pool.free), len(pool.cached), pool.evictions, in_step)
+                for window, total, pool, in_step in zip(
+                    layout.windows, layout.pages, self.pages.pools, self._in_step, strict=True
+                )
             ),
             steps=self.steps,
             tokens_in=self.tokens_in,

@@ -67,9 +67,8 @@ class Growth:
         matcher, piece = sequence.matcher, Completion(index=sequence.index)
         if matcher is not None and matcher.finished:  # only the empty text will do
             return self._finish(sequence, "stop", piece)
-        allowed = None if matcher is None else matcher.allowed
         token = sample(
-            row.logits, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, allowed
+            row.logits, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, matcher
         )
         if token in eos_ids:
             return self._finish(sequence, "stop", piece)
@@ -96,7 +95,7 @@ class Growth:
             return self._finish(sequence, "stop", piece)
         if len(sequence.tokens) >= request.length_limit:
             return self._finish(sequence, "length", piece)
-        _add(sequence.completion, piece)
+        sequence.completion.add(piece)
         return piece
 
     def _finish(self, sequence: Sequence, reason: str, piece: Completion) -> Completion:
@@ -106,8 +105,7 @@ class Growth:
             rest, stopped = sequence.stops.push(sequence.decoder.finish())
             piece.text += rest if stopped else rest + sequence.stops.finish()
         piece.finish_reason = reason
-        _add(sequence.completion, piece)
-        sequence.completion.finish_reason = reason
+        sequence.completion.add(piece)
         self._conclude(request, sequence.completion)
         piece.prompt_logprobs = sequence.completion.prompt_logprobs
         piece.prompt_top_logprobs = sequence.completion.prompt_top_logprobs
@@ -181,14 +179,3 @@ class Growth:
             self._conclude(request, completion)
         self._scheduler.end(request)
         return list(request.completions)
-
-
-def _add(whole: Completion, piece: Completion) -> None:
-    whole.text += piece.text
-    whole.token_ids += piece.token_ids
-    if whole.logprobs is not None and whole.top_logprobs is not None:
-        whole.logprobs += piece.logprobs or []
-        whole.top_logprobs += piece.top_logprobs or []
-    if piece.experts is not None:
-        whole.experts = [] if whole.experts is None else whole.experts
-        whole.experts += piece.experts

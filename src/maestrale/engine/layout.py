@@ -18,14 +18,15 @@ def make_layout(
     max_len: int | None,
     max_chunk: int,
     max_sequences: int,
-    element_bytes: int,
+    element_bytes: float,
     budget: int,
     page_size: int = PAGE_SIZE,
 ) -> CacheLayout:
     """The largest cache that fits `budget` bytes and is of use to `max_sequences` sequences at once.
 
     max_len: tokens of one sequence, prompt and completion; None takes the model's context, or what fits of it.
-    max_chunk: the most tokens of one sequence in a step. Raises MemoryLimitError where not one sequence of
+    max_chunk: the most tokens of one sequence in a step. element_bytes: of a number in the cache, scales counted in;
+    what a position of a head takes must be whole. Raises MemoryLimitError where not one sequence of
     `max_len` fits, naming the length that does.
     """
     for name, value in (("max_len", max_len), ("max_batch_tokens", max_chunk), ("max_sequences", max_sequences)):
@@ -62,10 +63,10 @@ def page_rings(config: ModelConfig, length: int, max_chunk: int, page_size: int)
 
 
 def sequence_bytes(
-    config: ModelConfig, length: int, max_chunk: int, element_bytes: int, page_size: int = PAGE_SIZE
+    config: ModelConfig, length: int, max_chunk: int, element_bytes: float, page_size: int = PAGE_SIZE
 ) -> int:
     """What the pages of one sequence of `length` tokens take."""
-    page_bytes = 2 * config.n_kv_heads * config.head_dim * element_bytes * page_size
+    page_bytes = 2 * config.n_kv_heads * round(config.head_dim * element_bytes) * page_size
     rings = page_rings(config, length, max_chunk, page_size)
     layers = (config.sliding_window.count(window) for window in config.windows)
     return page_bytes * sum(ring * count for ring, count in zip(rings, layers, strict=True))

@@ -25,6 +25,10 @@ class Pool:
     def available(self) -> int:
         return len(self.free) + len(self.cached)
 
+    @property
+    def held(self) -> int:
+        return len(self.holders) - self.available
+
     def take(self) -> int:
         """A page for one holder, its contents of no meaning. There must be one available."""
         if self.free:

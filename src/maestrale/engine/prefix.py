@@ -7,7 +7,6 @@ A page's key is a hash of all tokens up to its end, page after page, from a root
 from __future__ import annotations
 
 from array import array
-from hashlib import blake2b
 
 from maestrale.engine.pages import Pages, PageTable
 from maestrale.engine.request import Request, Sequence
@@ -57,6 +56,8 @@ class PrefixCache:
 
     def _keys(self, sequence: Sequence, length: int) -> list[bytes]:
         """The keys of the whole pages of a sequence's first `length` tokens; it remembers them."""
+        from hashlib import blake2b  # no first token waits for it
+
         size, keys = self.pages.layout.page_size, sequence.keys
         for start in range(len(keys) * size, length - size + 1, size):
             past = keys[-1] if keys else blake2b(sequence.request.namespace.encode("utf-8", "surrogatepass")).digest()

@@ -51,6 +51,18 @@ class Completion:
     tool_calls: list[ToolCall] | None = None
     experts: list[list[list[int]]] | None = None
 
+    def add(self, piece: Completion) -> None:
+        """Goes on by what a later step has added."""
+        self.text += piece.text
+        self.token_ids += piece.token_ids
+        if self.logprobs is not None and self.top_logprobs is not None:
+            self.logprobs += piece.logprobs or []
+            self.top_logprobs += piece.top_logprobs or []
+        if piece.experts is not None:
+            self.experts = [] if self.experts is None else self.experts
+            self.experts += piece.experts
+        self.finish_reason = piece.finish_reason
+
 
 class Row(NamedTuple):
     """What a step says of one position. logits: float32 [vocab]. experts: int16 [layers, K], where asked for."""
@@ -107,7 +119,8 @@ class Request:
     It begins as one sequence. When the prompt is computed it becomes n of them (or a beam's width) on the same pages.
     text_before: the ids whose text a completion goes on from. seed: the one sampling uses.
     length_limit: known tokens at which a sequence ends. chunk: most tokens a step. namespace: cached pages are shared
-    only with requests of the same one. adapter: its number, -1 for none.
+    only with requests of the same one. adapter: its number, -1 for none. cached: how many of the prompt's tokens were
+    found in the cache, what others had computed; preempted: what is found from now on may be its own.
     """
 
     def __init__(
@@ -129,7 +142,8 @@ class Request:
         self.namespace = namespace
         self.width = max(params.n, params.beam_width)
         self.sequences = [Sequence(self, 0, prompt)]
-        self.forked = False
+        self.forked = self.preempted = False
+        self.cached = 0
         self.beam: BeamSearch | None = None
         self.prompt_logprobs: list[float | None] = [None]
         self.prompt_top_logprobs: list[TopLogprobs | None] = [None]

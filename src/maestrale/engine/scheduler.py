@@ -56,7 +56,7 @@ class Scheduler:
         short = False
         decoding_first = sorted(self.running, key=lambda r: any(s.pending > 1 for s in r.sequences))
         for request in decoding_first:
-            self.prefixes.found += self.prefixes.look_up(request)  # what others have computed since
+            self._count_found(request, self.prefixes.look_up(request))  # what others have computed since
             while budget and share and request in self.running and (work := request.takes(budget)):
                 if self._grant(work, step):
                     scheduled.add(request)
@@ -115,8 +115,13 @@ class Scheduler:
         self.waiting.remove(request)
         self.running.append(request)
         self.prefixes.asked += sum(len(sequence.tokens) for sequence in request.sequences)
-        self.prefixes.found += found
+        self._count_found(request, found)
         return sum(count for _, count in work)
+
+    def _count_found(self, request: Request, tokens: int) -> None:
+        self.prefixes.found += tokens
+        if not request.preempted:
+            request.cached += tokens
 
     def _has_room(self, request: Request) -> bool:
         """Whether all that a request knows fits, and a page more for each sequence that runs: else it, or they, would
@@ -140,6 +145,7 @@ class Scheduler:
         self._release(request)
         self.running.remove(request)
         self.waiting.appendleft(request)
+        request.preempted = True
         self.preemptions += 1
 
     def _release(self, request: Request) -> None:

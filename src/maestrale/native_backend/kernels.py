@@ -42,6 +42,14 @@ def choose_isa(name: str | None = None) -> str:
     return wanted
 
 
+def describe() -> str:
+    """Which instruction set computes here, and where that is not AMX, why not; or that there are no kernels."""
+    if native is None:
+        return str(missing())
+    isa, problem = choose_isa(), native.amx_problem()
+    return isa if problem is None else f"{isa} ({problem})"
+
+
 def weight(packed: PackedWeight) -> Any:
     """A packed weight as the kernels take it: its arrays where they lie, not copied."""
     (n, k), parts = packed.shape, packed.parts

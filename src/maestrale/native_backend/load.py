@@ -26,7 +26,7 @@ def load_model(
     layout: CacheLayout,
     weights: str,
     *,
-    half: bool,
+    cache: str,
     threads: int,
     exact: bool = False,
     isa: str | None = None,
@@ -36,21 +36,25 @@ def load_model(
     """The extension's Model with its cache, and the weights below its head. `progress` is called with (tensors done,
     tensors in all).
 
-    weights: the format that linear layers get which the folder does not hold packed; those keep theirs. half: the
-    cache is bf16, else fp32. exact: activations meet quantized weights in bf16. At no time more than one tensor exists
-    twice; the embeddings and what is packed already stay mapped from the file. layers: those of a pipeline's stage, all
-    where None; only the first stage has the embeddings, only the last the head.
+    weights: the format that linear layers get which the folder does not hold packed; those keep theirs. cache: how keys
+    and values are kept, "f32", "bf16" or "int8" (codes, and a scale for each position and head). exact: activations
+    meet quantized weights in bf16. At no time more than one tensor exists twice; the embeddings and what is packed
+    already stay mapped from the file. layers: those of a pipeline's stage, all where None; only the first stage has the
+    embeddings, only the last the head.
     """
     config, every = checkpoint.config, range(checkpoint.config.n_layers)
     layers = layers or every
-    options: dict[str, Any] = {"half": half, "threads": threads, "exact": exact, "isa": isa}
+    options: dict[str, Any] = {"cache": cache, "threads": threads, "exact": exact, "isa": isa}
     model = make_model(config, layout, layers=layers, **options)
-    load = _Loader(checkpoint, weights, threads, progress)
-    rows = load.embeddings(half) if layers[0] == every[0] else None
+    first, last = layers[0] == every[0], layers[-1] == every[-1]
+    mine = tuple(f"layers.{i}." for i in layers)
+    total = sum(name.startswith(mine) for name in checkpoint.names()) + first + 2 * last
+    load = _Loader(checkpoint, weights, threads, total, progress)
+    rows = load.embeddings(cache != "f32") if first else None
     loaded = [load.layer(i) for i in layers]
     body = Body(config, layers, rows, loaded, options)
     body.fill(model, layout)
-    if layers[-1] == every[-1]:
+    if last:
         head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
         body.norm = load.vector("norm.weight")
         model.set_head(body.norm, kernels.weight(load.linear(head)))
@@ -89,7 +93,7 @@ def make_model(
     config: ModelConfig,
     layout: CacheLayout,
     *,
-    half: bool,
+    cache: str,
     threads: int,
     exact: bool = False,
     isa: str | None = None,
@@ -111,7 +115,7 @@ def make_model(
         norm_eps=config.norm_eps,
         speeds=rope_speeds(config),
         page_size=layout.page_size,
-        half=half,
+        cache=cache,
         exact=exact,
         isa=kernels.choose_isa(isa),
         threads=threads,
@@ -132,10 +136,12 @@ def rope_speeds(config: ModelConfig) -> NDArray[np.float32]:
 class _Loader:
     """Takes tensors one by one and counts them."""
 
-    def __init__(self, checkpoint: Checkpoint, weights: str, threads: int, progress: Callable[[int, int], None]):
+    def __init__(
+        self, checkpoint: Checkpoint, weights: str, threads: int, total: int, progress: Callable[[int, int], None]
+    ):
         self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
         self.pool = kernels.native.Pool(threads)
-        self.done, self.total = 0, len(checkpoint.names())
+        self.done, self.total = 0, total
 
     def layer(self, i: int) -> dict[str, Any]:
         """The arguments of Model.add_layer."""
@@ -192,11 +198,11 @@ class _Loader:
             data = words.view(np.float32) if self.weights == "f32" else words.view(np.uint16).reshape(*words.shape, 2)
             return PackedWeight(self.weights, (n, k), data)
         from maestrale.checkpoint.quantize import Recipe  # not on the way of a packed folder
-        from maestrale.checkpoint.rounding import round_to_nearest
+        from maestrale.native_backend.rounding import round_to_nearest
 
         format, group = Recipe(self.weights).of(name, tensor.shape[1])
         return round_to_nearest(name, tensor, format, group, self.threads)
 
     def _count(self) -> None:
         self.done += 1
-        self.progress(min(self.done, self.total), self.total)  # a tied head is a tensor that is read twice
+        self.progress(self.done, self.total)

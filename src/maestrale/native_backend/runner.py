@@ -34,7 +34,7 @@ class NativeRunner:
 
     def step(self, batch: Batch) -> StepOutput:
         moe, experts = self._config.moe if batch.experts else None, None
-        with _memory_errors():
+        with memory_errors():
             logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
             if moe is not None:
                 experts = np.empty((self._config.n_layers, len(batch.token_ids), moe.num_experts_per_tok), np.int16)
@@ -52,12 +52,12 @@ class NativeRunner:
 
     def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
         """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
-        with _memory_errors():
+        with memory_errors():
             yield from embed(self._body, token_ids, self._layout.max_chunk)
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
@@ -67,26 +67,27 @@ def _memory_errors() -> Iterator[None]:
 def open_runner(
     checkpoint: Checkpoint,
     layout: CacheLayout,
-    dtype: str,
+    cache: str,
     weights: str,
     threads: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NativeRunner:
-    """The checkpoint's model, with a cache in `dtype` ("F32" or "BF16") and linear layers as `load_model` says."""
-    with _memory_errors():
-        model, body = load_model(checkpoint, layout, weights, half=dtype == "BF16", threads=threads, progress=progress)
+    """The checkpoint's model, with its cache and linear layers as `load_model` says."""
+    with memory_errors():
+        model, body = load_model(checkpoint, layout, weights, cache=cache, threads=threads, progress=progress)
     return NativeRunner(model, layout, body)
 
 
-def choose_threads(asked: int | None = None) -> int:
-    """How many threads compute: as asked, else what MAESTRALE_THREADS says, else one for each core to be had."""
+def choose_threads(asked: int | None = None, processes: int = 1) -> int:
+    """How many threads compute: as asked, else what MAESTRALE_THREADS says, else one for each core to be had, divided
+    among so many processes."""
     if asked is None and (word := os.environ.get(THREADS)):
         if not word.isascii() or not word.isdigit() or not 0 < int(word) <= MAX_THREADS:
             raise UsageError(f"{THREADS}={word}: expected a whole number from 1 to {MAX_THREADS}")
         return int(word)
     if asked is not None and not 0 < asked <= MAX_THREADS:
         raise UsageError(f"threads = {asked}: expected a whole number from 1 to {MAX_THREADS}")
-    return asked or min(available_cores(), MAX_THREADS)
+    return asked or max(1, min(available_cores() // processes, MAX_THREADS))
 
 
 def available_cores() -> int:

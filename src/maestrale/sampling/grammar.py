@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from maestrale.errors import RequestError, UsageError
 from maestrale.sampling.constraint import Constraint
-from maestrale.sampling.policy import Allowed
 from maestrale.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -32,27 +31,54 @@ _ANY_TEXT = r"/(.|\n)*/"
 
 
 class Matcher:
-    """One completion's way through a constraint. `allowed` are the tokens that may come next, `consume` goes on by one.
+    """One completion's way through a constraint: the tokens that may come next (an `Allowed` of policy.py), and
+    `consume`, which goes on by one. The end of sequence is among them where the text is complete.
 
-    The end of sequence is among them where the text is complete.
+    Whether a token may come is asked for it alone, which takes some microseconds: greedy texts seldom need more. All
+    tokens are worked out where they are wanted, which takes ten times as long, or a hundred.
+
     finished: the text is complete and nothing can be added to it. calls_begun: a tool call has begun.
     """
 
     def __init__(
         self, matcher: LLMatcher, constraint: Constraint, vocabulary: Vocabulary, first: NDArray[np.uint8] | None = None
     ):
-        """first: the tokens that may come first, a bit for each; None where all may that the constraint allows."""
+        """first: the tokens that may come first, a bit for each; None where all may that the constraint allows.
+
+        RequestError where none may."""
         self._matcher, self._constraint = matcher, constraint
         self._size, self._eos_id = vocabulary.size, vocabulary.eos_id
         self._calls_id = vocabulary.controls.get("[TOOL_CALLS]") if constraint.calls else None
         self.calls_begun = False
-        self._look(first)
+        bits = self._all()
+        self._bits: NDArray[np.uint8] | None = bits if first is None else bits & first
+        self._check()
+        if not self._bits.any():
+            raise _wrong(constraint, "")
+
+    def __contains__(self, token: int) -> bool:
+        if self._bits is None:
+            if token == self._eos_id:
+                return self._matcher.is_accepting()
+            spelling = self._matcher.compute_ff_tokens()  # of a text that there is no choice about
+            return token == spelling[0] if spelling else self._matcher.validate_tokens([token]) == 1
+        return bool(self._bits[token >> 3] >> (token & 7) & 1)
+
+    def ids(self) -> NDArray[np.int64]:
+        """Ascending. RequestError where the constraint gets too complex, or leads nowhere."""
+        if self._bits is None:
+            self._bits = self._all()
+            self._check()
+            if not self._bits.any():
+                raise _wrong(self._constraint, "")
+        return np.flatnonzero(np.unpackbits(self._bits, count=self._size, bitorder="little").view(np.bool_))
 
     def consume(self, token: int) -> None:
-        """Go on by a token that was allowed. RequestError where the constraint leads nowhere or gets too complex."""
+        """Go on by a token that was allowed. RequestError where the constraint gets too complex."""
         self._matcher.consume_token(token)
         self.calls_begun |= token == self._calls_id
-        self._look()
+        self._bits = None
+        self._check()
 
     def copy(self) -> Matcher:
         twin = object.__new__(Matcher)
@@ -60,16 +86,15 @@ class Matcher:
         twin._matcher = self._matcher.deep_copy()
         return twin
 
-    def _look(self, first: NDArray[np.uint8] | None = None) -> None:
-        """What may come next. It is asked at once, so that an end is known when the last token is, not a step later."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: -(-self._size // 8)]
-        bits = bits if first is None else bits & first
-        filled = np.count_nonzero(bits)
-        if self._matcher.is_error() or not filled:
+    def _all(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: -(-self._size // 8)]
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
             raise _wrong(self._constraint, self._matcher.get_error())
-        self.allowed = Allowed(bits, self._size)
-        only_eos = filled == 1 and bits[self._eos_id >> 3] == 1 << (self._eos_id & 7)
-        self.finished = bool(only_eos) and self._matcher.is_accepting()
+        self.finished = self._matcher.is_stopped()
+        if self.finished and not self._matcher.is_accepting():
+            raise _wrong(self._constraint, "")
 
 
 class Grammars:
@@ -175,7 +200,7 @@ def _trie(vocabulary: Vocabulary) -> Any:
         from llguidance import LLTokenizer
     except ImportError:
         raise UsageError("constrained output needs llguidance: run  pip install 'maestrale[serve]'") from None
-    return LLTokenizer(_Bytes(vocabulary), n_vocab=vocabulary.size)  # type: ignore[arg-type]
+    return LLTokenizer(_Bytes(vocabulary), n_vocab=vocabulary.size)  # type: ignore[arg-type]  # it asks for no more than _Bytes has
 
 
 class _Bytes:

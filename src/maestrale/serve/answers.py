@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -75,8 +75,11 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return f"data: {_json(data)}\n\n".encode()
 
 
 PING, DONE = b": ping\n\n", b"data: [DONE]\n\n"
@@ -85,7 +88,7 @@ PING, DONE = b": ping\n\n", b"data: [DONE]\n\n"
 class EventStream(Response):
     """Server-sent events: `chunks` of bytes, then [DONE]; an error in mid-stream is an event before it."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], headers: dict[str, str]):
+    def __init__(self, chunks: AsyncGenerator[bytes, None], headers: dict[str, str]):
         self.chunks, self.status_code = chunks, 200
         self.raw_headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -99,7 +102,7 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self.chunks) as chunks:  # type: ignore[type-var]
+        async with aclosing(self.chunks) as chunks:
             try:
                 async for chunk in chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})

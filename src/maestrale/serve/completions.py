@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -46,7 +46,7 @@ async def _complete(context: Context, body: CompletionRequest, tenant: str) -> R
         found = await job.completions()
         answer = head | {
             "choices": await context.in_worker(choices.of, list(enumerate(found))),
-            "usage": (used := usage(encoded, [completion for group in found for completion in group])),
+            "usage": (used := usage(job, [completion for group in found for completion in group])),
         }
         answer |= view.cache(context, body, used["total_tokens"])
         return JSONResponse(answer, headers=ignored_header(body))
@@ -101,7 +101,7 @@ async def _chunks(
     choices: _Choices,
     head: dict[str, Any],
     held: AsyncExitStack,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The events of streamed completions; `held` lets the job go, however it ends."""
     extra: dict[str, Any] = {"usage": None} if body.with_usage else {}
     tokens = 0
@@ -114,4 +114,4 @@ async def _chunks(
                 more = extra | view.cache(context, body, sum(len(work.ids) for work in job.work) + tokens)
                 yield b"".join(event(head | {"choices": [choice]} | more) for choice in shown) or PING
         if body.with_usage:
-            yield event(head | {"choices": [], "usage": usage([work.ids for work in job.work], tokens)})
+            yield event(head | {"choices": [], "usage": usage(job, tokens)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,34 +45,63 @@ class Chore:
 
 
 class Job:
-    """The work of one HTTP request. streaming: whether pieces are wanted as they come, or the whole at the end."""
+    """The work of one HTTP request. streaming: whether pieces are wanted as they come, or the whole at the end; then
+    not before `interval` seconds after the last ones. Each event that is sent costs the cores that compute the next."""
 
-    def __init__(self, work: Sequence[Work], streaming: bool, accepted: asyncio.Future[None]):
-        self.work, self.streaming, self.accepted = work, streaming, accepted
+    def __init__(self, work: Sequence[Work], streaming: bool, interval: float, accepted: asyncio.Future[None]):
+        self.work, self.streaming, self.interval, self.accepted = work, streaming, interval, accepted
         self.began = time.monotonic()
         self.last: float | None = None  # when its last piece came
         self.started = self.ended = False
         self.error: ApiError | None = None
         self._arrived: list[Piece] = []
         self._news = asyncio.Event()
+        self._told = -math.inf  # when the last pieces were handed on
         self._requests: list[Request] = []
 
+    @property
+    def cached(self) -> int:
+        """Tokens of its prompts that were found in the cache. To be asked when it has ended."""
+        return sum(request.cached for request in self._requests)
+
+    def arrive(self, pieces: list[Piece]) -> int:
+        """Pieces of a stream, to be handed on now or at the interval's end; how many nobody has taken yet."""
+        loop, waiting = asyncio.get_running_loop(), bool(self._arrived)
+        self._arrived += pieces
+        if (due := self._told + self.interval) <= loop.time():
+            self._news.set()
+        elif not waiting:
+            loop.call_at(due, self._news.set)
+        return len(self._arrived)
+
     async def pieces(self, patience: float) -> AsyncIterator[list[Piece]]:
-        """All that has arrived since the last time, again and again; [] after `patience` seconds of silence.
+        """All that has arrived since the last time, a piece for each continuation, again and again; [] after `patience`
+        seconds of silence, or up to twice as many: a timer for each token would cost more than all else here.
 
         Raises the ApiError that ended the job, after the pieces that came before it.
         """
-        while self._arrived or not self.ended:
-            if not self._arrived:
-                self._news.clear()
-                try:
-                    async with asyncio.timeout(patience):
-                        await self._news.wait()
-                except TimeoutError:
-                    yield []
-            arrived, self._arrived = self._arrived, []
-            if arrived:
-                yield arrived
+        loop, silent, ping = asyncio.get_running_loop(), False, False
+        timer = loop.call_later(patience, lambda: tick())
+
+        def tick() -> None:
+            nonlocal timer, silent, ping
+            timer = loop.call_later(patience, tick)
+            if silent:
+                ping = True
+                self._news.set()
+            silent = True
+
+        try:
+            while self._arrived or not self.ended:
+                if not self._arrived:
+                    self._news.clear()
+                    await self._news.wait()
+                arrived, self._arrived = self._arrived, []
+                if arrived or ping:
+                    self._told, silent, ping = loop.time(), False, False
+                    yield _joined(arrived)
+        finally:
+            timer.cancel()
         if self.error is not None:
             raise self.error
 
@@ -83,6 +113,18 @@ class Job:
         if self.error is not None:
             raise self.error
         return [sorted(request.completions, key=lambda completion: completion.index) for request in self._requests]
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Those of one continuation as one piece."""
+    first: dict[tuple[int, int], Piece] = {}
+    for piece in pieces:
+        key = piece.number, piece.completion.index
+        if key in first:
+            first[key].completion.add(piece.completion)
+        else:
+            first[key] = piece
+    return list(first.values())
 
 
 def settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:

@@ -54,7 +54,7 @@ class Front:
             status = status or 499
             if isinstance(error, asyncio.CancelledError):
                 raise
-        except Exception as error:
+        except Exception as error:  # the last place where a fault can still become an answer
             problem = as_api_error(error)
             if problem.status == 500:
                 log.error("request %s failed", request_id, exc_info=error)
@@ -116,11 +116,10 @@ def _without_port(host: str) -> str:
 
 
 class Limits:
-    """Bounds on a request's body, in bytes and seconds, and on the time a client may leave an answer unread."""
+    """Bounds on a request's body, in bytes and seconds."""
 
     def __init__(self, app: ASGIApp, settings: Settings):
-        self.app, self.max_body = app, settings.max_body
-        self.body_timeout, self.write_timeout = settings.body_timeout, settings.write_timeout
+        self.app, self.max_body, self.body_timeout = app, settings.max_body, settings.body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
@@ -145,14 +144,7 @@ class Limits:
                     raise self._too_large()
             return message
 
-        async def bounded_send(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self.write_timeout):
-                    await send(message)
-            except TimeoutError:
-                raise ClientGone from None
-
-        await self.app(scope, bounded_receive, bounded_send)
+        await self.app(scope, bounded_receive, send)
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.max_body} bytes", code="request_too_large")

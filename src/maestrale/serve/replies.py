@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -46,7 +46,7 @@ async def answer(context: Context, body: Sampling, work: Work, param: str, calls
         whole = head | {
             "object": "chat.completion",
             "choices": choices,
-            "usage": (used := usage([work.ids], completions)),
+            "usage": (used := usage(job, completions)),
         }
         whole |= view.cache(context, body, used["total_tokens"])
         return JSONResponse(whole, headers=ignored_header(body))
@@ -73,7 +73,7 @@ async def _chunks(
     answers: Answers,
     head: dict[str, Any],
     held: AsyncExitStack,
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The events of a streamed reply; `held` lets the job go, however it ends."""
     extra: dict[str, Any] = {"usage": None} if body.with_usage else {}
 
@@ -102,4 +102,4 @@ async def _chunks(
             if written or not pieces:
                 yield b"".join(written) or PING
         if body.with_usage:
-            yield event(head | {"choices": [], "usage": usage([job.work[0].ids], tokens)})
+            yield event(head | {"choices": [], "usage": usage(job, tokens)})

@@ -9,8 +9,8 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 
 import uvicorn
 
@@ -82,6 +82,7 @@ class _Server:
             max_queue=settings.max_queue,
             max_unread=settings.max_unread,
             timeout=settings.request_timeout,
+            stream_interval=settings.stream_interval,
             on_death=self.wake.set,
         )
         context = Context(self.llm, service, settings, metrics)
@@ -144,8 +145,9 @@ class _Server:
 class _Quiet(uvicorn.Server):
     """Signals are ours."""
 
-    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
 
 
 def _warm_up(llm: LLM) -> None:

@@ -39,6 +39,7 @@ class Service:
         max_queue: int,
         max_unread: int,
         timeout: float,
+        stream_interval: float,
         on_death: Callable[[], None] = lambda: None,
     ):
         self.metrics = metrics
@@ -46,6 +47,7 @@ class Service:
         self.death: BaseException | None = None  # what has ended the engine's thread
         self._llm, self._on_death = llm, on_death
         self._max_queue, self._max_unread, self._timeout = max_queue, max_unread, timeout
+        self._stream_interval = stream_interval
         self._jobs: dict[Job, asyncio.TimerHandle] = {}
         self._commands: SimpleQueue[Callable[[], bool]] = SimpleQueue()  # each says whether to go on
         self._owners: dict[Request, tuple[Job, int]] = {}  # the engine's thread only
@@ -112,7 +114,7 @@ class Service:
 
     def _submit(self, work: Sequence[Work], streaming: bool) -> Job:
         self._require_room()
-        job = Job(work, streaming, self._loop.create_future())
+        job = Job(work, streaming, self._stream_interval, self._loop.create_future())
         self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
         self._commands.put(partial(self._begin, job))
         return job
@@ -155,10 +157,8 @@ class Service:
             self.metrics.observe(job, when, pieces)
             if not job.streaming:
                 continue
-            job._arrived += pieces
-            job._news.set()
-            if len(job._arrived) > self._max_unread:
-                self._fail(job, ApiError(408, f"{len(job._arrived)} pieces are unread: read faster"), "slow reader")
+            if (unread := job.arrive(pieces)) > self._max_unread:
+                self._fail(job, ApiError(408, f"{unread} pieces are unread: read faster"), "slow reader")
         for job, error in ends:
             if error is not None:
                 self._fail(job, error)
@@ -210,7 +210,7 @@ class Service:
         except RequestError as error:
             self._forget(job)
             problem = error
-        except Exception as error:
+        except Exception as error:  # a fault of our own: that request fails, the others go on
             log.exception("a request could not be begun")
             self._forget(job)
             self._loop.call_soon_threadsafe(self._fail, job, as_api_error(error))
@@ -233,7 +233,7 @@ class Service:
             return
         try:
             found = next(chore.work)
-        except Exception as error:
+        except Exception as error:  # whatever it is, who waits for it is told
             self._loop.call_soon_threadsafe(settle, chore.result, None, as_api_error(error))
             return
         if found is None:

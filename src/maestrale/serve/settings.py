@@ -19,7 +19,7 @@ class Settings:
     cors_origins: origins whose pages may call. max_queue: requests that may wait. max_unread: pieces of an answer
     that may wait for a slow reader. request_timeout: from the request's acceptance to its last token.
     header_timeout, body_timeout: for a request to arrive. drain: for open requests to end after SIGTERM.
-    ping: silence after which a stream says that it lives.
+    ping: silence after which a stream says that it lives. stream_interval: between two events of one stream.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Settings:
     write_timeout: float = 60.0
     drain: float = 30.0
     ping: float = 10.0
+    stream_interval: float = 0.02
     max_body: int = 16 << 20
     max_header: int = 32 << 10
     log_json: bool = False
@@ -52,8 +53,9 @@ class Settings:
         for name in ("request_timeout", "header_timeout", "body_timeout", "write_timeout", "ping"):
             if not 0 < getattr(self, name) <= 1e6:
                 raise UsageError(f"{name} = {getattr(self, name)}: expected seconds above 0, up to 1,000,000")
-        if not 0 <= self.drain <= 1e6:
-            raise UsageError(f"drain = {self.drain}: expected seconds from 0 to 1,000,000")
+        for name, most in (("drain", 1e6), ("stream_interval", 10)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UsageError(f"{name} = {getattr(self, name)}: expected seconds from 0 to {most:,.0f}")
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise UsageError("an API key must be printable ASCII without blanks")

@@ -15,12 +15,12 @@ def experts(body: Sampling, completion: Completion) -> dict[str, Any]:
 
 
 def cache(context: Context, body: Sampling, tokens: int) -> dict[str, Any]:
-    """For an answer or an event: `cache`, the tokens of this sequence, the pages that all sequences hold, and those
-    that are kept for prompts which begin alike."""
+    """For an answer or an event: `cache`, the tokens of this sequence, the pages that all sequences held in the last
+    step, and those that are kept for prompts which begin alike."""
     if not body.model_view:
         return {}
     kinds = [
-        {"window": p.window, "held": p.total - p.free - p.cached, "kept": p.cached, "pages": p.total}
+        {"window": p.window, "held": p.in_step, "kept": p.cached, "pages": p.total}
         for p in context.llm.counters().pools
     ]
     return {"cache": {"tokens": tokens, "kinds": kinds}}

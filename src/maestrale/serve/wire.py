@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1 with bounds on a request's head: its size, and the time it may take to arrive."""
+"""uvicorn's HTTP/1.1 with bounds: a head's size, the time it may take to arrive, and that an answer may lie unread."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
         _reading_head = False
         _deadline: asyncio.TimerHandle | None = None
         _problem: ApiError | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -30,7 +31,16 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
 
         def connection_lost(self, error: Exception | None) -> None:
             self._head_is_there()
+            self._is_read()
             super().connection_lost(error)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(settings.write_timeout, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._is_read()
+            super().resume_writing()
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
@@ -78,6 +88,11 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
+
+        def _is_read(self) -> None:
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def _too_slow(self) -> None:
             self._refuse(ApiError(408, f"the request's head did not arrive within {settings.header_timeout:g} s"))

@@ -23,9 +23,16 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def read_hf(path: Path, content: bytes, vocab_size: int) -> Vocabulary:
     """The vocabulary in `content`, read from `path` and filled up to `vocab_size` with ids that show nothing.
 
-    CheckpointError where it is damaged, decodes in a way not known here, or has no begin and end of text.
+    CheckpointError where it is damaged, decodes in a way not known here, or has no begin and end of text, and where
+    the library is not installed.
     """
-    from tokenizers import Tokenizer
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: a tokenizer.json is read by the tokenizers library: run  pip install 'maestrale[hf]', or put the "
+            "model's tokenizer.model or tekken.json beside it"
+        ) from None
 
     spec = _json(path, content)
     try:

@@ -31,7 +31,7 @@ def read_sentencepiece(path: Path, content: bytes) -> Vocabulary:
         raise CheckpointError(
             f"{path}: damaged, or no SentencePiece model ({len(content)} bytes): copy the file again"
         ) from None
-    controls = {name: i for i, name in enumerate(names) if pieces.shown[i] is None}
+    controls = {names[i]: i for i, shown in enumerate(pieces.shown) if shown is None}
     bos_id, eos_id = model.bos_id(), model.eos_id()
     if min(bos_id, eos_id) < 0:
         raise CheckpointError(f"{path}: no begin-of-text or end-of-text token: expected control pieces <s> and </s>")
@@ -63,27 +63,29 @@ def _version(path: Path, controls: Set[str]) -> str:
 
 
 def _pieces(model: Any, names: list[str]) -> Pieces:
-    shown: list[bytes | None] = []
-    for token_id, name in enumerate(names):
-        if model.IsControl(token_id):
-            shown.append(None)
-        elif model.IsByte(token_id):
-            shown.append(bytes([int(name[3:5], 16)]))  # "<0x0A>"
-        elif model.IsUnknown(token_id):
-            shown.append(model.decode([token_id]).encode())  # the model may name a sign of its own
-        else:
-            shown.append(name.replace(_SPACE, " ").encode())
-    spaced = [i for i, name in enumerate(names) if name.startswith(_SPACE) and not model.IsUnknown(i)]
+    ids = list(range(len(names)))
+    shown: list[bytes | None] = [name.replace(_SPACE, " ").encode() for name in names]
+    unknown = set(_where(model.IsUnknown(ids)))
+    for i in unknown:
+        shown[i] = model.decode([i]).encode()  # the model may name a sign of its own
+    for i in _where(model.IsByte(ids)):
+        shown[i] = bytes([int(names[i][3:5], 16)])  # "<0x0A>"
+    for i in _where(model.IsControl(ids)):
+        shown[i] = None
+    spaced = [i for i, name in enumerate(names) if name[:1] == _SPACE and i not in unknown]
     # Whether a text's first space falls away is written in the file's normalizer; asking the model is the plain
     # way to know it. One that also removes extra spaces goes on until something shows.
-    words = [i for i in spaced if len(names[i]) > 1 and names[i][1] != _SPACE]
-    drops = bool(words) and not model.decode([words[0]]).startswith(" ")
-    lone = [i for i in spaced if names[i] == _SPACE]
-    repeats = drops and bool(lone) and not model.decode([lone[0], words[0]]).startswith(" ")
+    word = next((i for i in spaced if len(names[i]) > 1 and names[i][1] != _SPACE), None)
+    drops = word is not None and not model.decode([word]).startswith(" ")
+    repeats = drops and _SPACE in names and not model.decode([names.index(_SPACE), word]).startswith(" ")
     return Pieces(
         shown=shown,
-        opening={i: names[i][1:].replace(_SPACE, " ").encode() for i in spaced} if drops else {},
+        opening={i: (shown[i] or b"")[1:] for i in spaced} if drops else {},
         errors="surrogateescape",
         control_breaks=True,
         opening_repeats=repeats,
     )
+
+
+def _where(flags: list[bool]) -> list[int]:
+    return [i for i, flag in enumerate(flags) if flag]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from maestrale.errors import RequestError
+from maestrale.errors import RequestError, UsageError
 from maestrale.text.chat import Turn
 from maestrale.text.tools import TOOL_CONTROLS, require_tools
 from maestrale.text.vocabulary import Vocabulary
@@ -39,7 +39,7 @@ def has_tools(vocabulary: Vocabulary) -> bool:
 
 
 class ChatTemplate:
-    """The chat form of one tokenizer. RequestError where it has none."""
+    """The chat form of one tokenizer. RequestError where it has none; UsageError where the extra is not installed."""
 
     def __init__(self, vocabulary: Vocabulary):
         version = vocabulary.chat_version
@@ -50,9 +50,14 @@ class ChatTemplate:
                 "use a plain prompt, or an instruct model with its own tokenizer",
                 param="messages",
             )
-        from mistral_common.protocol.instruct import normalize
-        from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
-        from mistral_common.tokens.tokenizers import instruct
+        try:
+            from mistral_common.protocol.instruct import normalize
+            from mistral_common.protocol.instruct.messages import FinetuningAssistantMessage
+            from mistral_common.tokens.tokenizers import instruct
+        except ImportError as error:
+            raise UsageError(
+                f"chats need {str(error.name).partition('.')[0]}: run  pip install 'maestrale[chat]'"
+            ) from None
 
         self._vocabulary = vocabulary
         self._normalizer = getattr(normalize, normalizer).normalizer()

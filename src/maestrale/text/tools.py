@@ -8,7 +8,6 @@ optional and unknown to v2. From v11 on, for each call: [TOOL_CALLS], the name, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import reprlib
@@ -268,4 +267,6 @@ def join_calls(pieces: Iterable[ToolCall]) -> list[ToolCall]:
 
 def short_id(text: str) -> str:
     """Nine letters and digits, as these models learned call ids; always the same nine for a text."""
+    import hashlib  # no token waits for it but a call's
+
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:9]

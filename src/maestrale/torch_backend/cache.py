@@ -44,13 +44,14 @@ class PagedCache:
         sequences = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts))
         written, groups = [], []
         for kind, (window, ring) in enumerate(zip(self.layout.windows, self.layout.rings, strict=True)):
-            self._copy_pages(kind, batch.copies[kind])
+            self.copy_pages(kind, batch.copies[kind])
             where = slots(batch.tables[kind], sequences, batch.positions, self.layout.page_size, ring)
             written.append(torch.from_numpy(where).to(self.device))
             groups.append(self._groups(batch, kind, window))
         return StepView(self, written, groups)
 
-    def _copy_pages(self, kind: int, copies: NDArray[np.int64]) -> None:
+    def copy_pages(self, kind: int, copies: NDArray[np.int64]) -> None:
+        """copies: a Batch's, of this kind of layer."""
         if len(copies):
             source, target = (torch.from_numpy(copies[:, i].copy()).to(self.device) for i in (0, 1))
             paged = self.pools[kind].unflatten(2, (-1, self.layout.page_size))

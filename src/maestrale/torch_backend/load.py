@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from maestrale.checkpoint.dtypes import StoredTensor
+from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.staging import Staging
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -18,8 +21,11 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    keep: Callable[[PackedWeight], nn.Module] | None = None,
 ) -> Transformer:
     """The model in evaluation mode, frozen. `progress` is called with (tensors done, tensors in all).
+
+    keep: makes the layer of a weight that is stored as int8 or int4 and is to stay so; None: such weights are unpacked.
 
     On the CPU a tensor that is stored as it is wanted is used where it lies, mapped from the file; any other is
     copied and its mapped pages are given back at once, so that at no time more than one tensor exists twice.
@@ -27,8 +33,14 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(checkpoint.config)
     names, state = checkpoint.names(), {}
+    staging = Staging(device) if device.type == "cuda" else None
     for done, name in enumerate(names):
-        state[name] = as_torch(checkpoint.tensor(name)).to(device=device, dtype=dtype)
+        packed = checkpoint.packed(name) if keep is not None else None
+        if keep is not None and packed is not None:
+            model.set_submodule(name.removesuffix(".weight"), keep(packed))
+        else:
+            stored = as_torch(checkpoint.tensor(name))
+            state[name] = (stored if staging is None else staging.copy(stored)).to(device=device, dtype=dtype)
         checkpoint.release(name)  # costs a tensor that stays mapped nothing: none of its pages has been read yet
         progress(done + 1, len(names))
     checkpoint.verify_unchanged()

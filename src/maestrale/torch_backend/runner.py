@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from maestrale.batch import Batch, CacheLayout, StepOutput
+from maestrale.batch import Batch, CacheLayout, Runner, StepOutput
 from maestrale.checkpoint.adapter import Adapter
+from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.reader import Checkpoint
-from maestrale.errors import MemoryLimitError
+from maestrale.errors import MemoryLimitError, UsageError
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.embed import embed
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
+from maestrale.torch_backend.triton.choose import choose_kernels
 from maestrale.torch_backend.watch import Watch
 
 
@@ -32,7 +35,7 @@ class TorchRunner:
         weight = model.norm.weight
         self.adapters = Adapters(model, adapters) if adapters else None
         self.model, self._layout = model, layout
-        with _memory_errors():
+        with memory_errors():
             self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
 
     @property
@@ -47,13 +50,13 @@ class TorchRunner:
         )
         self._begin(batch)
         watch = Watch(self.model) if batch.experts and self.model.config.moe else None
-        with _memory_errors(), watch or nullcontext():
+        with memory_errors(), watch or nullcontext():
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
             return StepOutput(logits_NV.cpu().numpy(), watch.experts(rows_N) if watch else None)
 
     def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
         """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
-        with _memory_errors():
+        with memory_errors():
             yield from embed(self.model, token_ids, self.cache.kernel, self.layout.max_chunk, self._begin)
 
     def _begin(self, batch: Batch) -> None:
@@ -63,7 +66,7 @@ class TorchRunner:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """torch's errors of this one kind, as ours. The CPU's allocator has none of its own, only words."""
     try:
         yield
@@ -85,15 +88,37 @@ def open_runner(
     *,
     hidden: bool = False,
     head: NDArray[np.float32] | None = None,
-) -> TorchRunner:
+    fp8: bool = False,
+) -> Runner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
 
     hidden: give what the output layer would read [N, dim] in place of logits. head: another output layer [n, dim].
+    fp8: round the linear layers' weights to it. UsageError where the device or the model has no kernels for that.
     """
-    model = load_model(checkpoint, DTYPES[dtype], torch.device(device), progress)
+    place, kernels = torch.device(device), choose_kernels(torch.device(device))
+    if fp8 and kernels != "triton":
+        raise UsageError(
+            f"weights fp8: only Triton's kernels have it; {device} runs torch's: set MAESTRALE_KERNELS=triton"
+        )
+    if fp8 and checkpoint.config.moe is not None:
+        raise UsageError("weights fp8: a mixture's are computed with as they are; leave it out")
+    keep: Callable[[PackedWeight], nn.Module] | None = None
+    if kernels == "triton" and checkpoint.config.moe is None:  # a mixture's grouped products take whole weights
+        from maestrale.torch_backend.triton.packed import from_packed  # slow to import, and not everywhere
+
+        keep = partial(from_packed, device=place, dtype=DTYPES[dtype])
+    model = load_model(checkpoint, DTYPES[dtype], place, progress, keep)
+    if fp8:
+        from maestrale.torch_backend.triton.packed import round_linears
+
+        round_linears(model)
     if hidden:
         model.output = nn.Identity()  # type: ignore[assignment]
     elif head is not None:
         model.output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
         model.output.weight = nn.Parameter(torch.from_numpy(head).to(model.norm.weight), requires_grad=False)
+    if kernels == "triton":
+        from maestrale.torch_backend.triton.runner import TritonRunner
+
+        return TritonRunner(model, layout, adapters)
     return TorchRunner(model, layout, adapters=adapters)

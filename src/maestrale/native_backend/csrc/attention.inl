@@ -1,4 +1,4 @@
-// Attention over pages, once for every instruction set: included after simd_SET.h and math.inl.
+// Attention over pages, once for every instruction set: included after simd_SET.h, math.inl and prepare.inl.
 //
 // A query's bits depend on its keys alone. The blocks that the running softmax goes by have their borders at absolute
 // tiles; keys of a block that a query may not see get the weight 0, which adds nothing; and each sum runs in the
@@ -52,6 +52,46 @@ inline void turned_units(const HeadLayout& head, const float* x, const float* tu
   }
 }
 
+// As `write_span`, in codes and scales.
+inline void write_bytes(const CacheView& cache, const Span& span, int64_t g, const float* k, const float* v,
+                        int64_t stride, const float* turns) {
+  const HeadLayout& head = cache.head;
+  uint32_t* keys = cache.page(span.table, span.position, g);
+  uint32_t* values = keys + head.tiles * head.key_size();
+  float* scales = reinterpret_cast<float*>(keys + head.scales());
+  const int64_t offset = span.position % head.page_size;
+  // As there, though a code is never NaN, and only a scale may be.
+  if (offset == 0 && span.position < cache.ring * head.page_size)
+    std::memset(scales, 0, size_t(head.tiles * 2 * kTile) * 4);
+  alignas(64) float turned[2 * kMaxHead];
+  alignas(64) uint32_t entries[kMaxHead];
+  alignas(64) uint8_t codes[kMaxHead];
+  for (int64_t row = span.first; row < span.first + span.count; ++row) {
+    const int64_t at = offset + row - span.first, tile = at / kTile, lane = at % kTile;
+    turned_units<false>(head, k + row * stride, turns + row * 2 * head.padded, turned, entries);
+    float* scale = scales + tile * 2 * kTile + lane;
+    scale[0] = prepare_bytes(reinterpret_cast<const float*>(entries), head.head_dim, codes, head.padded, 0);
+    uint32_t* key = keys + tile * head.key_size() + lane;
+    for (int64_t u = 0; u < (head.head_dim + 3) / 4; ++u) std::memcpy(key + u * kTile, codes + 4 * u, 4);
+    scale[kTile] = prepare_bytes(v + row * stride, head.head_dim, codes, head.padded, 0);
+    auto* slot = reinterpret_cast<uint8_t*>(values + tile * head.value_size() + lane / 4 * head.padded) + lane % 4;
+    for (int64_t i = 0; i < head.head_dim; ++i) slot[4 * i] = codes[i];
+  }
+}
+
+// The bf16 of two codes, each the topmost byte of its lane, side by side.
+inline void widen_pair(Ints first, Ints second, uint32_t* pair) {
+  const Ints low = right<16>(floats_to_bits(to_floats(right<24>(first)))) & ints(0xffff);
+  store(reinterpret_cast<float*>(pair), bits_to_floats(low + floats_to_bits(to_floats(right<24>(second)))));
+}
+
+// Four codes of each lane as two pairs of bf16.
+inline void widen(const uint32_t* codes, uint32_t* first, uint32_t* second) {
+  const Ints four = load(reinterpret_cast<const int32_t*>(codes));
+  widen_pair(left<24>(four), left<16>(four), first);
+  widen_pair(left<8>(four), four, second);
+}
+
 template <bool half>
 inline void write_span(const CacheView& cache, const Span& span, int64_t g, const float* k, const float* v,
                        int64_t stride, const float* turns) {
@@ -87,7 +127,8 @@ inline void write_span(const CacheView& cache, const Span& span, int64_t g, cons
 
 inline void write_keys(const CacheView& cache, const Span& span, int64_t g, const float* k, const float* v,
                        int64_t stride, const float* turns) {
-  (cache.head.half ? write_span<true> : write_span<false>)(cache, span, g, k, v, stride, turns);
+  const auto write = cache.head.bytes() ? write_bytes : cache.head.half() ? write_span<true> : write_span<false>;
+  write(cache, span, g, k, v, stride, turns);
 }
 
 // Sums of R query rows against N tiles: scores[r][n * 16 + lane]; rows lie `units` apart, scores 64 apart.
@@ -134,6 +175,7 @@ struct Block {
   int tiles = 0;
   const uint32_t* keys[kTilesAtOnce];
   const uint32_t* values[kTilesAtOnce];
+  const float* scales[kTilesAtOnce];  // of keys, then of values; null where there are none
   int32_t positions[kTilesAtOnce], counts[kTilesAtOnce];
 };
 
@@ -156,6 +198,7 @@ inline void attend_rows(const HeadLayout& head, const Block& block, const uint32
     Floats s[kTilesAtOnce], top = none;
     for (int t = 0; t < block.tiles; ++t) {
       s[t] = load(scores + r * kKeys + t * kTile);
+      if (block.scales[t]) s[t] = s[t] * load(block.scales[t]);
       if (masked) {  // N9: keys p - W + 1 … p
         const int64_t newest = queries[r] - block.positions[t], oldest = newest - window + 1;
         const Floats lane = load(kLaneNumbers);
@@ -177,8 +220,9 @@ inline void attend_rows(const HeadLayout& head, const Block& block, const uint32
     tops[r] = now;
     Floats total = load(sums + r * kTile) * floats(kept);
     for (int t = 0; t < block.tiles; ++t) {
-      const Floats p = exp2_negative(fma(s[t], floats(scale), floats(-base)));
+      Floats p = exp2_negative(fma(s[t], floats(scale), floats(-base)));
       total = total + p;
+      if (block.scales[t]) p = p * load(block.scales[t] + kTile);
       uint32_t* to = weights + (r * kTilesAtOnce + t) * key_units;
       if constexpr (half)
         store_words(reinterpret_cast<uint16_t*>(to), to_bf16(p));
@@ -212,6 +256,8 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
   float *scores = take(kRowsAtOnce * kKeys), *sums = take(rows * kTile), *mixed = take(rows * padded);
   float *tops = take(rows), *turned = take(2 * padded);
   auto* positions = reinterpret_cast<int32_t*>(take(rows));
+  const int64_t wide_key = head.wide_key_size(), wide_value = head.wide_value_size();
+  auto* wide = reinterpret_cast<uint32_t*>(take(head.bytes() ? kTilesAtOnce * (wide_key + wide_value) : 0));
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t token = m / group, row = span.first + token;
     turned_units<half>(head, q + row * q_stride + m % group * head.head_dim, turns + row * 2 * padded, turned,
@@ -237,6 +283,18 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
       const uint32_t* page = cache.page(span.table, first, g);
       block.keys[block.tiles] = page + inside * head.key_size();
       block.values[block.tiles] = page + head.tiles * head.key_size() + inside * head.value_size();
+      block.scales[block.tiles] = nullptr;
+      if (head.bytes()) {
+        uint32_t *keys = wide + block.tiles * (wide_key + wide_value), *values = keys + wide_key;
+        for (int64_t i = 0; i < wide_key; i += 2 * kTile)
+          widen(block.keys[block.tiles] + i / 2, keys + i, keys + i + kTile);
+        for (int64_t i = 0; i < head.value_size(); i += kTile) {
+          uint32_t* to = values + i / padded * 2 * padded + i % padded;
+          widen(block.values[block.tiles] + i, to, to + padded);
+        }
+        block.keys[block.tiles] = keys, block.values[block.tiles] = values;
+        block.scales[block.tiles] = reinterpret_cast<const float*>(page + head.scales()) + inside * 2 * kTile;
+      }
       block.positions[block.tiles] = int32_t(first);
       block.counts[block.tiles] = int32_t(count);
       masked |= count < kTile || first + kTile - 1 > span.position || first <= newest - cache.window;
@@ -270,6 +328,6 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
 
 inline void attend(const CacheView& cache, const Span& span, int64_t g, int64_t group, const float* q,
                    int64_t q_stride, const float* turns, float* y, int64_t y_stride, void* scratch) {
-  (cache.head.half ? attend_span<true> : attend_span<false>)(cache, span, g, group, q, q_stride, turns, y, y_stride,
-                                                             scratch);
+  (cache.head.half() ? attend_span<true> : attend_span<false>)(cache, span, g, group, q, q_stride, turns, y, y_stride,
+                                                               scratch);
 }

@@ -10,11 +10,18 @@ namespace nb = nanobind;
 
 namespace maestrale {
 
+Kept kept_named(const std::string& name) {
+  if (name == "f32") return Kept::f32;
+  if (name == "bf16") return Kept::bf16;
+  if (name == "int8") return Kept::int8;
+  throw std::invalid_argument("cache '" + name + "': expected f32, bf16 or int8");
+}
+
 namespace {
 
 // q [T][H][C], k and v [T][G][C], y as q; positions [T], starts [B + 1], tables [B][ring]; turns [T][2][padded] as
 // `rope_turns` makes them. pool: uint8 [pages * page_bytes]. longest: the most tokens of a pass over the keys.
-void attention(const std::string& isa, bool half, int64_t page_size, std::optional<int64_t> window,
+void attention(const std::string& isa, const std::string& cached, int64_t page_size, std::optional<int64_t> window,
                const Array<uint8_t>& pool, const Array<const int64_t>& tables, const Array<const int64_t>& positions,
                const Array<const int64_t>& starts, const Array<const float>& turns, const Array<const float>& q,
                const Array<const float>& k, const Array<const float>& v, const Array<float>& y, int64_t longest) {
@@ -22,7 +29,7 @@ void attention(const std::string& isa, bool half, int64_t page_size, std::option
     throw std::invalid_argument("q, k and v must be [tokens, heads, head_dim], tables [sequences, ring]");
   const Kernels& kernels = kernels_named(isa);
   const auto T = int64_t(q.shape(0)), H = int64_t(q.shape(1)), C = int64_t(q.shape(2)), G = int64_t(k.shape(1));
-  const HeadLayout head = head_layout(C, page_size, half);
+  const HeadLayout head = head_layout(C, page_size, kept_named(cached));
   const CacheView cache{reinterpret_cast<uint32_t*>(pool.data()), G * head.size(), head, int64_t(tables.shape(1)),
                         window.value_or(kNoWindow)};
   const auto pages = int64_t(pool.size()) / (cache.page_stride * 4);
@@ -56,16 +63,16 @@ void attention(const std::string& isa, bool half, int64_t page_size, std::option
 }  // namespace
 
 void bind_attention(nb::module_& m) {
-  m.def("attention", &attention, nb::kw_only(), nb::arg("isa"), nb::arg("half"), nb::arg("page_size"),
+  m.def("attention", &attention, nb::kw_only(), nb::arg("isa"), nb::arg("cache"), nb::arg("page_size"),
         nb::arg("window").none(), nb::arg("pool"), nb::arg("tables"), nb::arg("positions"), nb::arg("starts"),
         nb::arg("turns"), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("y"), nb::arg("longest") = 1);
   m.def(
       "page_bytes",
-      [](int64_t n_kv_heads, int64_t head_dim, int64_t page_size, bool half) {
-        return n_kv_heads * head_layout(head_dim, page_size, half).size() * 4;
+      [](int64_t n_kv_heads, int64_t head_dim, int64_t page_size, const std::string& cached) {
+        return n_kv_heads * head_layout(head_dim, page_size, kept_named(cached)).size() * 4;
       },
       "Bytes that a page takes in one layer.", nb::arg("n_kv_heads"), nb::arg("head_dim"), nb::arg("page_size"),
-      nb::arg("half"));
+      nb::arg("cache"));
 }
 
 }  // namespace maestrale

@@ -6,6 +6,7 @@
 
 #include "module.h"
 #include "rows.h"
+#include "tiles.h"
 
 namespace nb = nanobind;
 
@@ -117,6 +118,8 @@ void bind_linear(nb::module_& m) {
     for (const Kernels* table : kernels()) names.push_back(table->isa);
     return names;
   });
+  m.def("amx_problem", &amx_problem, "Why AMX is not among the sets; None where it is.");
+  m.def("amx_self_test", &amx_self_test, "The same for its self-test alone, in a process of its own.");
 
   nb::class_<Pool>(m, "Pool")
       .def("__init__",

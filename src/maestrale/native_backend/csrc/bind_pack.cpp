@@ -1,5 +1,6 @@
-// The packed layouts of linear.h, written fast. In all of them a row is a series of 4-byte words (one fp32, two bf16,
+// The packed layouts of linear.h, written fast, and rounding into them. In all of them a row is a series of 4-byte words (one fp32, two bf16,
 // four int8, eight nibbles), and a block holds word after word of its 16 rows.
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -32,6 +33,13 @@ void pack_block(const uint8_t* rows, int64_t count, int64_t row_bytes, bool code
       }
 }
 
+Stored stored_named(const std::string& dtype) {
+  if (dtype == "F32") return Stored::f32;
+  if (dtype == "BF16") return Stored::bf16;
+  if (dtype == "F16") return Stored::f16;
+  throw std::invalid_argument("dtype '" + dtype + "': expected F32, BF16 or F16");
+}
+
 }  // namespace
 
 void bind_pack(nb::module_& m) {
@@ -54,6 +62,44 @@ void bind_pack(nb::module_& m) {
         });
       },
       nb::arg("pool"), nb::arg("rows"), nb::arg("codes"), nb::arg("data"));
+
+  // rows [n, k] of that dtype, rounded into the parts of an int8 weight (row_scales, sums) or of an int4 one (scales);
+  // False where they hold NaN, Inf, or values whose scale is beyond float16.
+  m.def(
+      "round",
+      [](Pool& pool, const std::string& isa, const std::string& dtype, AnyArray rows, int64_t group,
+         Array<uint8_t> data, std::optional<Array<float>> row_scales, std::optional<Array<int32_t>> sums,
+         std::optional<Array<uint16_t>> scales) {
+        const Kernels& kernels = kernels_named(isa);
+        const Stored stored = stored_named(dtype);
+        if (rows.ndim() != 2 || int64_t(rows.itemsize()) != (stored == Stored::f32 ? 4 : 2))
+          throw std::invalid_argument("rows must be [n, k] of their dtype");
+        const StoredRows from{int64_t(rows.shape(0)), int64_t(rows.shape(1)), stored, rows.data()};
+        const int64_t blocks = (from.n + kBlock - 1) / kBlock, wide = blocks * kBlock;
+        const Format format = group ? Format::int4 : Format::int8;
+        if (format == Format::int4 ? group < 8 || group > 128 || group % 16 || from.k % group || !scales ||
+                                         int64_t(scales->size()) != wide * (from.k / group) ||
+                                         int64_t(data.size()) != wide * from.k / 2
+                                   : !row_scales || !sums || int64_t(row_scales->size()) != wide ||
+                                         int64_t(sums->size()) != wide ||
+                                         int64_t(data.size()) != wide * ((from.k + 3) / 4 * 4))
+          throw std::invalid_argument("the parts have not the sizes that the rows and the group ask for");
+        const Rounded to{format,
+                         group,
+                         data.data(),
+                         row_scales ? row_scales->data() : nullptr,
+                         sums ? sums->data() : nullptr,
+                         scales ? scales->data() : nullptr};
+        nb::gil_scoped_release released;
+        std::atomic<bool> fits = true;
+        pool.run([&](int thread) {
+          for (int64_t b = blocks * thread / pool.size(); b < blocks * (thread + 1) / pool.size(); ++b)
+            if (!kernels.round_block(from, b, to)) fits = false;
+        });
+        return fits.load();
+      },
+      nb::arg("pool"), nb::arg("isa"), nb::arg("dtype"), nb::arg("rows"), nb::arg("group"), nb::arg("data"),
+      nb::arg("row_scales") = nb::none(), nb::arg("sums") = nb::none(), nb::arg("scales") = nb::none());
 }
 
 }  // namespace maestrale

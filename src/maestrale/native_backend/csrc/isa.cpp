@@ -1,5 +1,6 @@
 // Which instruction sets this processor and its operating system offer.
 #include "kernels.h"
+#include "tiles.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -17,6 +18,12 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace amx {
+extern const Kernels table;
+}
+namespace amx_emulated {
+extern const Kernels table;
+}
 #elif defined(__aarch64__)
 namespace neon {
 extern const Kernels table;
@@ -30,10 +37,13 @@ std::vector<const Kernels*> found() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool two = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C is older than AVX2
-  if (two && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-    tables.push_back(&avx512::table);
+  const bool wide = two && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#if defined(__linux__)
+  if (wide && !amx_problem()) tables.push_back(&amx::table);
+#endif
+  if (wide) tables.push_back(&avx512::table);
   if (two) tables.push_back(&avx2::table);
 #elif defined(__aarch64__) && defined(__linux__)
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) tables.push_back(&neon::table);
@@ -41,6 +51,9 @@ std::vector<const Kernels*> found() {
   tables.push_back(&neon::table);  // every Apple processor of this kind has dot products
 #endif
   tables.push_back(&generic::table);
+#if defined(__x86_64__)
+  if (wide) tables.push_back(&amx_emulated::table);  // for tests: last, so that none but who names it gets it
+#endif
   return tables;
 }
 

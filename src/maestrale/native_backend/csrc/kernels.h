@@ -1,7 +1,7 @@
 // The kernels of one instruction set as a table of functions, and the choice among the tables at run time.
 //
-// Each set is compiled in a file of its own, kernels_SET.cpp: standard headers first, then `#pragma GCC target`, then
-// simd_SET.h (what the set's registers can do) and the .inl files, which say each kernel once in those terms.
+// Each set is compiled in a file of its own, kernels_SET.cpp, which names simd_SET.h (what the set's registers can do)
+// and includes kernels_set.inl: the .inl files, which say each kernel once in those terms, and the table.
 #pragma once
 
 #include <string>
@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "rounding.h"
 
 namespace maestrale {
 
@@ -45,9 +46,10 @@ struct Kernels {
 
   WriteKeys write_keys;
   AttendSpan attend;
+  RoundBlock round_block;
 };
 
-// The tables that this processor can run, the fastest first; the last is `generic`.
+// The tables that this processor can run, the fastest first; `generic` is the last of those for use.
 const std::vector<const Kernels*>& kernels();
 
 // The table of that name, the fastest for an empty name; null where the processor (or the build) has none.

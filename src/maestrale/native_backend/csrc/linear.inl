@@ -251,9 +251,10 @@ inline void linear(const Weight& w, const Rows& rows, int64_t first, int64_t las
 }
 
 // A few blocks and rows at a time, so that what the two products leave is still near when it is joined.
-inline void swiglu(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
-                   const Output& out) {
-  constexpr int64_t kBlocks = 12, kRows = 24, kWide = kBlocks * kBlock;
+template <auto product, int64_t kRows>
+inline void swiglu_of(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
+                      const Output& out) {
+  constexpr int64_t kBlocks = 12, kWide = kBlocks * kBlock;
   float gate[kRows * kWide], up[kRows * kWide];
   for (int64_t block = first; block < last; block += kBlocks) {
     const int64_t end = block + kBlocks < last ? block + kBlocks : last, o = block * kBlock;
@@ -264,16 +265,21 @@ inline void swiglu(const Weight& w1, const Weight& w3, const Rows& rows, int64_t
       some.data = static_cast<uint8_t*>(rows.data) + row * rows.stride;
       if (rows.scales) some.scales += row;
       if (rows.sums) some.sums += row * (rows.k / rows.group);
-      linear(w1, some, block, end, {gate - o, kWide});
-      linear(w3, some, block, end, {up - o, kWide});
+      product(w1, some, block, end, {gate - o, kWide});
+      product(w3, some, block, end, {up - o, kWide});
       for (int64_t t = 0; t < some.count; ++t)
         for (int64_t i = 0; i < wide; i += kBlock) {
           const int64_t n = wide - i < kBlock ? wide - i : kBlock;
           const Floats a = load_first(gate + t * kWide + i, n), b = load_first(up + t * kWide + i, n);
           float* y = out.y + (row + t) * out.stride + o + i;
-          const Floats product = silu(a) * b;
-          store_first(y, out.add ? load_first(y, n) + product : product, n);
+          const Floats joined = silu(a) * b;
+          store_first(y, out.add ? load_first(y, n) + joined : joined, n);
         }
     }
   }
+}
+
+inline void swiglu(const Weight& w1, const Weight& w3, const Rows& rows, int64_t first, int64_t last,
+                   const Output& out) {
+  swiglu_of<linear, 24>(w1, w3, rows, first, last, out);
 }

@@ -30,9 +30,9 @@ float from_half(uint16_t bits) {
 
 }  // namespace
 
-Model::Model(Shape shape, int64_t page_size, bool half, bool exact, const Kernels& kernels, int threads)
+Model::Model(Shape shape, int64_t page_size, Kept kept, bool exact, const Kernels& kernels, int threads)
     : shape_(std::move(shape)),
-      head_(head_layout(shape_.head_dim, page_size, half)),
+      head_(head_layout(shape_.head_dim, page_size, kept)),
       kernels_(kernels),
       shared_(exact),
       orders_(threads),

@@ -17,8 +17,6 @@
 
 namespace maestrale {
 
-enum class Stored { f32, bf16, f16 };  // how the rows of the embeddings lie in their file
-
 constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
 
 struct Shape {
@@ -62,8 +60,8 @@ struct Step {
 
 class Model {
  public:
-  // half: the cache is in bf16, else in float. exact: activations meet int8 and int4 weights in bf16.
-  Model(Shape shape, int64_t page_size, bool half, bool exact, const Kernels& kernels, int threads);
+  // kept: how the cache holds keys and values. exact: activations meet int8 and int4 weights in bf16.
+  Model(Shape shape, int64_t page_size, Kept kept, bool exact, const Kernels& kernels, int threads);
 
   void add_kind(const CacheKind& kind) { kinds_.push_back(kind); }
   void add_layer(Layer layer);

@@ -28,9 +28,13 @@ struct HeldWeight {
 // The table of that name; ValueError where there is none.
 const Kernels& kernels_named(const std::string& isa);
 
+// "f32", "bf16" or "int8"; ValueError for anything else.
+Kept kept_named(const std::string& name);
+
 void bind_linear(nanobind::module_& m);
 void bind_attention(nanobind::module_& m);
 void bind_pack(nanobind::module_& m);
 void bind_model(nanobind::module_& m);
+void bind_shared_sum(nanobind::module_& m);
 
 }  // namespace maestrale

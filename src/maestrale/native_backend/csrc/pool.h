@@ -9,9 +9,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "relax.h"
 
 namespace maestrale {
 
@@ -63,19 +61,6 @@ class Pool {
   }
 
  private:
-  // A pause; after a while the processor is offered to others, who may be the ones that are waited for.
-  static void relax(int spin) {
-    if (spin > 1 << 12) {
-      std::this_thread::yield();
-      return;
-    }
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
   void serve(int thread) {
     for (unsigned seen = 0;;) {
       await(seen);

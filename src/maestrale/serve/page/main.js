@@ -4,6 +4,7 @@ import { make, show } from "./markdown.js";
 import { add, conversation, drop, exported, imported, load, path, save, settings as stored, siblings, tip, titleOf } from "./store.js";
 import { card as fetchCard, events, tokensOf } from "./stream.js";
 import { View } from "./view.js";
+import { keepView, recallViews } from "./views.js";
 import { showSettings, sampling } from "./settings.js";
 
 const $ = (id) => document.getElementById(id);
@@ -14,6 +15,7 @@ const STARTS = {
 };
 
 let card, view, talks = load(), talk, writing = null, followed = null;
+recallViews(talks);
 let options = { panel: wide.matches ? "view" : null, theme: "auto", ...stored() };
 
 // Opening
@@ -98,6 +100,7 @@ function forget(one) {
   if (one === talk) stop();
   talks = talks.filter((other) => other !== one);
   save(talks);
+  recallViews(talks); // and nothing is kept of it
   if (one === talk) open(talks.at(-1) ?? conversation(talk.form));
   else renderList();
 }
@@ -211,10 +214,7 @@ async function write(parent) {
   };
   try {
     for await (const event of events(route, body, now.abort.signal)) {
-      if (event.cache) {
-        const freed = cache && !event.cache.kinds.some((kind) => kind.held); // its last event comes when its pages are free
-        node.cache = cache = freed ? { ...event.cache, kinds: cache.kinds } : event.cache;
-      }
+      if (event.cache) node.cache = cache = event.cache;
       for (const choice of event.choices) {
         node.content += choice.text ?? choice.delta.content ?? "";
         for (const token of tokensOf(choice)) {
@@ -240,6 +240,7 @@ async function write(parent) {
     drop(mine, node);
     if (mine.leaf === node.id) mine.leaf = parent.id;
   }
+  keepView(node);
   if (talk === mine) { render(); keep(); } else save(talks);
 }
 

@@ -1,5 +1,7 @@
 // Conversations, kept in this browser. Each is a tree: an edited message or a second reply is a branch beside the first.
 
+import { forgetViews } from "./views.js";
+
 const KEY = "maestrale.conversations", SETTINGS = "maestrale.settings";
 const ROLES = ["user", "assistant"];
 
@@ -47,12 +49,16 @@ const kept = ({ id, form, title, system, nodes, leaf, changed }) => ({
 });
 
 export function save(talks) {
-  try {
-    localStorage.setItem(KEY, JSON.stringify(talks.filter((talk) => talk.leaf).map(kept)));
-    return true;
-  } catch {
-    return false; // the browser's room is full, or it keeps nothing
+  const text = JSON.stringify(talks.filter((talk) => talk.leaf).map(kept));
+  for (const last of [false, true]) {
+    try {
+      localStorage.setItem(KEY, text);
+      return true;
+    } catch {
+      if (!last) forgetViews(); // the browser's room is full, or it keeps nothing
+    }
   }
+  return false;
 }
 
 export function load() {

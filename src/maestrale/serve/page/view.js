@@ -49,7 +49,7 @@ export class View {
     this.experts.hidden = !(this.card.experts && this.tokens.length);
     this.memory.parentElement.hidden = !node?.cache;
     if (!this.tokens.length)
-      this.text.replaceChildren(make("p", { class: "note", text: "Tokens of replies written while this page is open appear here." }));
+      this.text.replaceChildren(make("p", { class: "note", text: "Tokens of new replies appear here; those of older ones are forgotten." }));
     this.fill(node?.cache);
   }
 

@@ -1,7 +1,8 @@
 """The links between ranks, by torch.distributed: gloo between processors, NCCL between GPUs.
 
 Tensors go from rank to rank by sends that do not wait; a send's handle and tensor are kept until it is done, since
-gloo loses a message whose handle is dropped, and waiting twice on a finished send blocks until the timeout.
+gloo loses a message whose handle is dropped, and waiting twice on a finished send blocks until the timeout. Sums over
+shards of one host go through memory that they share.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +23,7 @@ import torch.distributed as dist
 
 from maestrale.errors import DistributedError, UsageError
 from maestrale.mesh import Mesh
+from maestrale.parallel.shared import SharedSum, open_shared_sum
 
 _FOREVER = timedelta(days=365)  # how long an idle rank waits for work; a dead peer is seen at once all the same
 _MAX_REPORT = 2048  # bytes of a rank's report
@@ -45,7 +49,10 @@ def ranks_on_this_host() -> int:
 
 
 class Link:
-    """One rank's ends of the links. `stage` collectives are among the shards of this rank's stage."""
+    """One rank's ends of the links. `stage` collectives are among the shards of this rank's stage.
+
+    waited: seconds spent in `receive` and `sum_stage`, so far.
+    """
 
     def __init__(self, mesh: Mesh, timeout: float):
         """timeout: seconds after which a peer that should have answered counts as hanging."""
@@ -53,8 +60,11 @@ class Link:
         self.rank, self.size, self.local_rank = world()
         self.host, self.ranks_on_host = socket.gethostname(), ranks_on_this_host()
         self._sends: deque[tuple[Any, torch.Tensor]] = deque()
+        self.waited = 0.0
         if "OMPI_COMM_WORLD_SIZE" in os.environ:
             _openmpi_rendezvous(self.size)
+        if self.ranks_on_host == self.size and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody from outside has to reach us
         os.environ.setdefault("RANK", str(self.rank))
         os.environ.setdefault("WORLD_SIZE", str(self.size))
         with self._named("rendezvous"):
@@ -62,7 +72,8 @@ class Link:
             self._idle = dist.new_group(timeout=_FOREVER)
             stages = [list(range(s * mesh.tensor, (s + 1) * mesh.tensor)) for s in range(mesh.pipeline)]
             groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for ranks in stages]
-        self._stage = groups[self.rank // mesh.tensor]
+            self._stage = groups[self.rank // mesh.tensor]
+            self._shared = self._open_shared(timeout) if mesh.tensor > 1 else None
         atexit.register(_leave)
 
     def send(self, tensor: torch.Tensor, to: int, idle: bool = False) -> None:
@@ -80,15 +91,18 @@ class Link:
 
     def receive(self, tensor: torch.Tensor, source: int, idle: bool = False) -> torch.Tensor:
         """Fills `tensor` from what rank `source` sends. idle: however long that takes."""
-        with self._named(f"rank {source}"):
+        with self._named(f"rank {source}"), self._waiting():
             dist.recv(tensor, source, group=self._idle if idle else None)
         return tensor
 
     def sum_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over this stage's shards, in place."""
         if self.mesh.tensor > 1:
-            with self._named(f"a shard of stage {self.rank // self.mesh.tensor}"):
-                dist.all_reduce(tensor, group=self._stage)
+            with self._named(f"a shard of stage {self.rank // self.mesh.tensor}"), self._waiting():
+                if self._shared is not None and SharedSum.takes(tensor):
+                    self._shared(tensor)
+                else:
+                    dist.all_reduce(tensor, group=self._stage)
         return tensor
 
     def agree(self, work: Callable[[], Any]) -> Any:
@@ -124,6 +138,28 @@ class Link:
                 with self._named("the last messages"):
                     handle.wait()
         dist.destroy_process_group()
+
+    def _open_shared(self, timeout: float) -> SharedSum | None:
+        """The sum through memory, where all shards of this stage see the same."""
+        leader = self.rank - self.rank % self.mesh.tensor
+
+        def all_agree(mine: bool) -> bool:
+            answer = torch.tensor(int(mine))
+            dist.all_reduce(answer, dist.ReduceOp.MIN, group=self._stage)
+            return bool(answer)
+
+        def share(tensor: torch.Tensor) -> None:
+            dist.broadcast(tensor, leader, group=self._stage)
+
+        return open_shared_sum(self.rank - leader, self.mesh.tensor, timeout, share, all_agree)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - begun
 
     @contextmanager
     def _named(self, peer: str) -> Iterator[None]:

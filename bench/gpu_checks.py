@@ -1,0 +1,146 @@
+"""Each Triton kernel against the operations it stands for, on fresh random inputs: name → (largest error, allowed)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn.functional import linear, silu
+
+from maestrale.batch import Batch, CacheLayout
+from maestrale.checkpoint.packed import dequantize, pack_int4, pack_int8
+from maestrale.checkpoint.rounding import int4_codes, int8_codes
+from maestrale.config import ModelConfig
+from maestrale.torch_backend.cache import PagedCache
+from maestrale.torch_backend.model import FeedForward, RMSNorm, rope, rope_turns
+from maestrale.torch_backend.moe import MixtureOfExperts
+from maestrale.torch_backend.ops import reference
+from maestrale.torch_backend.triton.attention import attend
+from maestrale.torch_backend.triton.experts import experts, group
+from maestrale.torch_backend.triton.packed import from_packed, to_fp8
+from maestrale.torch_backend.triton.rows import norm, silu_product, turn_and_keep
+from maestrale.torch_backend.triton.tiles import deal
+
+Result = tuple[float, float]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    """Of values of order 1: some roundings."""
+    return 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-4
+
+
+def _attention(sequences: list[tuple[int, int]], window: int | None) -> Callable[[torch.device, bool], Result]:
+    """sequences: (new tokens, last position) of each."""
+
+    def check(device: torch.device, tiny: bool) -> Result:
+        H, G, C = (4, 2, 16) if tiny else (32, 8, 128)
+        ours = [(min(n, 9), min(last, 60)) if tiny else (n, last) for n, last in sequences]
+        longest, chunk = max(last for _, last in ours) + 1, max(n for n, _ in ours)
+        kept = longest if window is None else min(longest, window + chunk - 1)
+        ring = -(-kept // 16)
+        config = ModelConfig(H * C, 1, C, 8, H, G, 8, 1e-5, 1e4, (window,))
+        layout = CacheLayout(16, longest, chunk, (window,), (ring,), (ring * len(ours),))
+        cache = PagedCache(config, layout, _dtype(device), device, reference.attend)
+        cache.pools[0].normal_()
+        table = np.random.default_rng().permutation(layout.pages[0]).reshape(-1, ring)
+        positions = np.concatenate([np.arange(last - n + 1, last + 1) for n, last in ours])
+        starts = np.cumsum([0, *(n for n, _ in ours)])
+        none = np.empty((0, 2), np.int64)
+        batch = Batch(positions, positions, starts, (table,), (none,), np.arange(len(positions)))
+        q = torch.randn(len(positions), H, C, dtype=_dtype(device), device=device)
+        k, v = cache.pools[0][:, 0]
+        expected = reference.attend(q, k, v, cache.begin(batch).groups[0])
+        on_device = [torch.from_numpy(array.astype(np.int32)).to(device) for array in (positions, table)]
+        got = attend(q, k, v, *on_device, deal(starts, H, G, device), 16, window)
+        return _error(got, expected), _allowed(q.dtype)
+
+    return check
+
+
+def _experts(n_tokens: int) -> Callable[[torch.device, bool], Result]:
+    def check(device: torch.device, tiny: bool) -> Result:
+        D, F = (48, 40) if tiny else (1024, 3584)
+        layer = MixtureOfExperts(D, 2, (FeedForward(D, F) for _ in range(8)))
+        layer = layer.to(device, _dtype(device)).requires_grad_(False)
+        x = torch.randn(min(n_tokens, 12) if tiny else n_tokens, D, dtype=_dtype(device), device=device)
+        w13 = torch.stack([torch.stack([e.w1.weight, e.w3.weight]) for e in layer.experts])
+        w2 = torch.stack([e.w2.weight for e in layer.experts])
+        return _error(experts(x, w13, w2, group(layer.gate(x), 2)), layer(x)), _allowed(x.dtype)
+
+    return check
+
+
+def _norm(device: torch.device, tiny: bool) -> Result:
+    width = 96 if tiny else 4096
+    layer = RMSNorm(width, 1e-5).to(device, _dtype(device)).requires_grad_(False)
+    x, added = torch.randn(2, 5, width, dtype=_dtype(device), device=device)
+    sums, y = norm(x, layer.weight, 1e-5, added)
+    return max(_error(sums, x + added), _error(y, layer(x + added))), _allowed(x.dtype)
+
+
+def _rope(device: torch.device, tiny: bool) -> Result:
+    H, G, C, T = 4, 2, 16, 7
+    dtype = _dtype(device)
+    qkv = torch.randn(T, (H + 2 * G) * C, dtype=dtype, device=device)
+    k, v = torch.zeros(2, 32, G, C, dtype=dtype, device=device)
+    positions = torch.arange(9, 9 + T, dtype=torch.int32, device=device)
+    turns = rope_turns(positions, C, 1e4)
+    q_and_k = rope(qkv[:, : (H + G) * C].unflatten(1, (-1, C)), turns)
+    value = qkv[:, (H + G) * C :].unflatten(1, (-1, C)).clone()
+    table = torch.tensor([[1, 0]], dtype=torch.int32, device=device)
+    cos, sin = turns.real.contiguous(), turns.imag.contiguous()
+    q = turn_and_keep(qkv, k, v, cos, sin, positions, positions * 0, table, 16)
+    slots = torch.where(positions < 16, positions + 16, positions - 16)
+    errors = (_error(q, q_and_k[:, :H]), _error(k[slots], q_and_k[:, H:]), _error(v[slots], value))
+    return max(errors), _allowed(dtype)
+
+
+def _silu(device: torch.device, tiny: bool) -> Result:
+    both = torch.randn(5, 200, dtype=_dtype(device), device=device)
+    return _error(silu_product(both), silu(both[:, :100]) * both[:, 100:]), _allowed(both.dtype)
+
+
+def _packed(format: str, rows: int) -> Callable[[torch.device, bool], Result]:
+    def check(device: torch.device, tiny: bool) -> Result:
+        n, k = (48, 128) if tiny else (4096, 4096)
+        values = np.random.default_rng().standard_normal((n, k), np.float32) * np.float32(k**-0.5)
+        x = torch.randn(rows, k, dtype=_dtype(device), device=device)
+        if format == "fp8":
+            layer = to_fp8(torch.from_numpy(values).to(device))
+            unpacked = layer.weight.to(x.dtype)
+        else:
+            packed = pack_int8(*int8_codes(values)) if format == "int8" else pack_int4(*int4_codes(values, 32))
+            layer = from_packed(packed, device, x.dtype)
+            unpacked = torch.from_numpy(dequantize(packed)).to(device, x.dtype)
+        return _error(layer(x), linear(x, unpacked)), _allowed(x.dtype)
+
+    return check
+
+
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of the largest difference, beside values of order 1 or the largest expected."""
+    return ((got.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1)).item()
+
+
+CHECKS: dict[str, Callable[[torch.device, bool], Result]] = {
+    "attention, decodes": _attention([(1, 3000), (1, 0), (1, 17), (1, 999)], None),
+    "attention, decodes in a ring": _attention([(1, 3000), (1, 40), (1, 700)], 48),
+    "attention, ragged chunks": _attention([(200, 900), (1, 1000), (33, 32), (5, 77)], None),
+    "attention, ragged chunks in a ring": _attention([(200, 900), (1, 1000), (33, 32), (5, 77)], 48),
+    "experts, 1 token": _experts(1),
+    "experts, 64 tokens": _experts(64),
+    "experts, 2,000 tokens": _experts(2000),
+    "norm with residual": _norm,
+    "rope and cache write": _rope,
+    "SiLU's product": _silu,
+    **{
+        f"{format} product, {rows} rows": _packed(format, rows)
+        for format in ("int4", "int8", "fp8")
+        for rows in (1, 64, 65)
+    },
+}

@@ -1,0 +1,122 @@
+"""The model's step by these kernels: what torch_backend/model.py defines, in ten launches a layer and without a shape
+that the host must learn from the device, so that a graph can hold the whole of it.
+
+The weights are the Transformer's own. Those that read the same rows are laid together, and the model's parameters
+become views of that, so nothing is held twice and every other way through the model goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.functional import embedding, linear
+
+from maestrale.torch_backend.cache import PagedCache
+from maestrale.torch_backend.model import Block, FeedForward, Transformer, rope_turns
+from maestrale.torch_backend.moe import MixtureOfExperts
+from maestrale.torch_backend.triton.attention import attend
+from maestrale.torch_backend.triton.experts import experts, group
+from maestrale.torch_backend.triton.packed import PackedLinear, joined
+from maestrale.torch_backend.triton.rows import norm, silu_product, turn_and_keep
+from maestrale.torch_backend.triton.tiles import Tiles
+
+
+@dataclass(frozen=True)
+class Step:
+    """A Batch on the device. tokens_T, positions_T, sequences_T: int32; padding is at position -1. tables: int32
+    [B, ring] for each kind of layer. rows_N: int64, None for all rows in order."""
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    sequences_T: torch.Tensor
+    tables: list[torch.Tensor]
+    tiles: Tiles
+    rows_N: torch.Tensor | None
+
+
+class _Dense:
+    def __init__(self, part: FeedForward):
+        self.w13, self.w2 = _together(part.w1, part.w3), part.w2
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.w2(silu_product(self.w13(x_TD)))
+
+
+class _Mixture:
+    def __init__(self, part: MixtureOfExperts):
+        self.gate, self.n_chosen = part.gate.weight, part.n_chosen
+        each = cast(list[FeedForward], list(part.experts))
+        up = _stacked([layer for expert in each for layer in (expert.w1, expert.w3)])
+        down = _stacked([expert.w2 for expert in each])
+        self.w13 = up.view(len(each), 2, -1, up.shape[1])
+        self.w2 = down.view(len(each), -1, down.shape[1])
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return experts(x_TD, self.w13, self.w2, group(linear(x_TD, self.gate), self.n_chosen))
+
+
+class _Layer:
+    def __init__(self, block: Block):
+        attention = block.attention
+        self.attention_norm, self.ffn_norm = block.attention_norm.weight, block.ffn_norm.weight
+        self.wqkv = _together(attention.wq, attention.wk, attention.wv)
+        self.wo = attention.wo
+        part = block.feed_forward
+        self.feed_forward = _Mixture(part) if isinstance(part, MixtureOfExperts) else _Dense(cast(FeedForward, part))
+
+
+class FusedTransformer:
+    """`model` must stand as it was built: adapters come after."""
+
+    def __init__(self, model: Transformer):
+        self.config, self.model = model.config, model
+        self.embeddings, self.last_norm = model.tok_embeddings.weight, model.norm.weight
+        self.layers = [_Layer(cast(Block, block)) for block in model.layers]
+
+    def logits(self, step: Step, cache: PagedCache) -> torch.Tensor:
+        """logits_NV in fp32, of the wanted rows; the step's keys and values are in the cache afterwards."""
+        eps, page_size = self.config.norm_eps, cache.layout.page_size
+        turns_TC = rope_turns(step.positions_T, self.config.head_dim, self.config.rope_theta)
+        cos_TC, sin_TC = turns_TC.real.contiguous(), turns_TC.imag.contiguous()
+        x_TD, added_TD = embedding(step.tokens_T, self.embeddings), None
+        for i, layer in enumerate(self.layers):
+            kind = cache.kind_of_layer[i]
+            k_SGC, v_SGC = cache.pools[kind][:, cache.index_in_kind[i]]
+            table_BR, window = step.tables[kind], cache.layout.windows[kind]
+            x_TD, y_TD = norm(x_TD, layer.attention_norm, eps, added_TD)
+            q_THC = turn_and_keep(
+                layer.wqkv(y_TD), k_SGC, v_SGC, cos_TC, sin_TC, step.positions_T, step.sequences_T, table_BR,
+                page_size,
+            )  # fmt: skip
+            y_THC = attend(q_THC, k_SGC, v_SGC, step.positions_T, table_BR, step.tiles, page_size, window)
+            added_TD = layer.wo(y_THC.flatten(1))
+            if step.rows_N is not None and i == len(self.layers) - 1:
+                x_TD, added_TD = x_TD[step.rows_N], added_TD[step.rows_N]
+            x_TD, y_TD = norm(x_TD, layer.ffn_norm, eps, added_TD)
+            added_TD = layer.feed_forward(y_TD)
+        return self.model.output(norm(x_TD, self.last_norm, eps, added_TD)[1]).float()  # N8
+
+
+def _together(*layers: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Layers that read the same rows as one product, whose outputs lie one after the other."""
+    if all(isinstance(layer, PackedLinear) for layer in layers):
+        one = joined(cast(tuple[PackedLinear, ...], layers))
+        if one is not None:
+            return one
+    if not all(isinstance(layer, nn.Linear) for layer in layers):
+        return lambda x_TD: torch.cat([layer(x_TD) for layer in layers], -1)
+    whole = _stacked(layers)
+    return lambda x_TD: linear(x_TD, whole)
+
+
+def _stacked(layers: Sequence[nn.Module]) -> torch.Tensor:
+    """The weights of linear layers one above the other; the layers' own become views of it."""
+    weights = [cast(torch.Tensor, layer.weight) for layer in layers]
+    whole = torch.cat(weights)
+    for layer, view in zip(layers, whole.split([len(weight) for weight in weights]), strict=True):
+        layer.weight = nn.Parameter(view, requires_grad=False)
+    return whole

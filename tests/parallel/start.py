@@ -1,0 +1,52 @@
+"""Ranks as their launchers start them."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+SOURCE = str(Path(__file__).parents[2] / "src")
+PLAIN = {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}  # torchrun's own warnings are not ours
+
+
+def torchrun(ranks: int, *options: object) -> tuple[str, ...]:
+    """For `python`, before what a rank runs."""
+    return ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *map(str, options or ["--standalone"]))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Of one of several ranks that no torchrun watches: its agent would end the others as soon as one has."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return PLAIN | common | {"LOCAL_WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def start(command: list[object], environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rank_of(agent: int, rank: int) -> psutil.Process:
+    """The process of that rank among the children of torchrun's."""
+    for child in psutil.Process(agent).children():
+        if child.environ().get("RANK") == str(rank):
+            return child
+    raise LookupError(f"no rank {rank}")
+
+
+def kill(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGKILL)
