@@ -90,12 +90,6 @@ def serve(
     stream_interval: Annotated[
         float, Option(help="Least seconds between two events of a stream; 0: one for each step.", group=_LIMITS)
     ] = 0.02,
-    distributed_timeout: Annotated[
-        float,
-        Option(
-            help="Under torchrun: seconds after which a rank that does not answer counts as hanging.", group=_LIMITS
-        ),
-    ] = 120.0,
     max_body: Annotated[int, Option(help="Bytes of a request's body.", group=_LIMITS)] = 16 << 20,
     adapter: Annotated[
         list[str] | None,
@@ -141,9 +135,7 @@ def serve(
     )
     code = run(
         settings,
-        lambda: model.open(
-            path, adapters=adapters, max_sequences=max_sequences, distributed_timeout=distributed_timeout
-        ),
+        lambda: model.open(path, adapters=adapters, max_sequences=max_sequences),
     )
     if code:
         raise click.exceptions.Exit(code)
