@@ -118,7 +118,9 @@ def make_command(name: str, verb: Callable[..., None], run: Callable[..., None],
     """The command that calls `run` with a function of no arguments: the verb, given what was typed."""
     bundles = list(_bundles(verb))
 
-    def called(**values: Any) -> None:
+    def called(**typed: Any) -> None:
+        # click gives a tuple for what may be given again, an empty one for what was not given
+        values = {name: (list(value) or None) if isinstance(value, tuple) else value for name, value in typed.items()}
         run(lambda: verb(**{bundle.name: bundle.take(values) for bundle in bundles}))
 
     parameters = [
