@@ -96,7 +96,7 @@ class Launched:
 
 def model_folder(path: str | Path | None) -> Path:
     """The folder of a model: `path` itself; the bundled model of that name where no such path exists ("stories",
-    "stories-moe"); the bundled "stories" where none is given."""
+    "stories-moe", "stories-chat"); the bundled "stories" where none is given."""
     bundled = BUNDLED / str(path or "stories")
     named = path is None or ("/" not in str(path) and not os.path.lexists(path) and bundled.is_dir())
     return bundled if named else Path(cast(str | Path, path))

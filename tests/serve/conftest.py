@@ -9,7 +9,7 @@ from tiny import make_folder, write_tekken
 @pytest.fixture(scope="session")
 def stories():
     """The bundled model in float32. Left idle by every test."""
-    server = Live("--dtype", "float32", "--max-body", 2_000_000)
+    server = Live("stories", "--dtype", "float32", "--max-body", 2_000_000)
     yield server
     server.close()
 

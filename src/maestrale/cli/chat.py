@@ -30,13 +30,14 @@ def chat(
 ) -> None:
     """Talk with a model. /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
 
-    A model that has not learnt to chat, as the bundled ones, goes on with your text instead.
+    Without MODEL it is the bundled stories-chat. A model that has not learnt to chat, as the other bundled ones, goes on
+    with your text instead.
     """
-    converse(path, form, system, plain, max_tokens, sampling, model, adapter)
+    converse(opt.talker(path), form, system, plain, max_tokens, sampling, model, adapter)
 
 
 def converse(
-    path: Path | None,
+    path: Path,
     form: str,
     system: str | None,
     plain: bool,
@@ -55,7 +56,7 @@ def converse(
     params = SamplingParams(max_tokens=max_tokens, **vars(sampling))  # a wrong value is refused before a weight is read
     llm = model.open(path, adapters={"adapter": adapter} if adapter else None)
     params = replace(params, experts=llm.config.moe is not None)
-    name = path.resolve().name if path else "stories"
+    name = path.resolve().name
     conversation: Conversation
     if form == "chat" or (form == "auto" and llm.tokenizer.chats):
         llm.tokenizer.encode_chat([{"role": "user", "content": ""}])  # a tokenizer without a chat form is told now

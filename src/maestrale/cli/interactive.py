@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from maestrale.cli import options as opt
@@ -26,4 +27,5 @@ def interactive(
     Each line is added to the text, and the model goes on from there; an empty line lets it go on. /? lists the
     commands.
     """
-    converse(path, "chat" if instruct else "text", None, False, max_tokens, sampling, model, adapter)
+    talker = opt.talker(path) if instruct else path or Path("stories")
+    converse(talker, "chat" if instruct else "text", None, False, max_tokens, sampling, model, adapter)

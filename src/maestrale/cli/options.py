@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from maestrale.llm import LLM
 
 MODEL, SAMPLING = "Model", "Sampling"  # groups of the help screens
+TALKER = "stories-chat"  # the bundled model that has learnt to chat
 
 Model = Annotated[Path | None, Argument(help="A model folder; without one, the bundled model.")]
 Adapter = Annotated[Path | None, Option(help="A LoRA adapter to run the model with, unmerged.", group=MODEL)]
@@ -97,6 +98,13 @@ class Sampling:
         float, Option(help="Above 1, tokens that stand already become less likely.", group=SAMPLING)
     ] = 1.0
     seed: Annotated[int | None, Option(help="The same seed draws the same text.", group=SAMPLING)] = None
+
+
+def talker(path: Path | None) -> Path:
+    """The model to talk with: `path`, or without one the bundled model that has learnt to chat."""
+    from maestrale.launch import BUNDLED
+
+    return path or BUNDLED / TALKER
 
 
 @contextmanager

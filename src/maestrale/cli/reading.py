@@ -6,8 +6,10 @@ import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from maestrale.cli.history import History, history_path
+from maestrale.errors import UsageError
 
 FENCE = '"""'
 Read = Callable[[], str | None]
@@ -31,13 +33,16 @@ def lines(words: Sequence[str], status: Callable[[], str]) -> Iterator[Read]:
     """A function that gives what is typed next, None when there is no more or the user leaves. Several lines come
     as one between three quotes.
 
-    words: what Tab completes at the beginning of a line. status: a line to be shown below the prompt.
+    words: what Tab completes at the beginning of a line. status: a line to be shown below the prompt. UsageError on a
+    terminal where the extra is not installed.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused as a request, in one line
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield _from_pipe
         return
+    if find_spec("prompt_toolkit") is None:
+        raise UsageError("a conversation at the terminal needs prompt_toolkit: run  pip install 'maestrale[chat]'")
     history = History(history_path())
     try:
         yield _from_terminal(history, words, status)

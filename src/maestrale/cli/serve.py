@@ -114,8 +114,9 @@ def serve(
 
     keys = [*(api_key or []), *(_keys(api_key_file) if api_key_file else [])]
     adapters = dict(map(_adapter, adapter or []))
+    talker = opt.talker(path)
     settings = Settings(
-        name=name or _name(path),
+        name=name or talker.resolve().name,
         adapters=tuple(adapters),
         host=host,
         port=port,
@@ -135,14 +136,10 @@ def serve(
     )
     code = run(
         settings,
-        lambda: model.open(path, adapters=adapters, max_sequences=max_sequences),
+        lambda: model.open(talker, adapters=adapters, max_sequences=max_sequences),
     )
     if code:
         raise click.exceptions.Exit(code)
-
-
-def _name(path: Path | None) -> str:
-    return "stories" if path is None else path.resolve().name
 
 
 def _adapter(text: str) -> tuple[str, str]:

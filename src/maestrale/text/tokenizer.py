@@ -77,10 +77,13 @@ class Tokenizer:
     @property
     def chats(self) -> bool:
         """Whether a model with this tokenizer may have learnt to chat: it has tokens for turns, or it is the v1 of
-        32,000 pieces, whose turns are spelled as text. A tokenizer of one's own making, without such tokens, has not.
+        32,000 pieces, whose turns are spelled as text, or its file's name tells the form (tokenizer.model.v1). A
+        tokenizer of one's own making, without any of these, has not.
         """
         vocabulary = self._vocabulary
-        return "[INST]" in vocabulary.controls or (vocabulary.chat_version == "v1" and vocabulary.size == V1_SIZE)
+        told = vocabulary.path.suffix == f".{vocabulary.chat_version}"
+        published = vocabulary.chat_version == "v1" and vocabulary.size == V1_SIZE
+        return "[INST]" in vocabulary.controls or published or told
 
     def piece(self, token_id: int) -> bytes:
         """What a token shows within a text, perhaps a part of a character; the name of one that shows nothing."""
