@@ -30,8 +30,8 @@ def chat(
 ) -> None:
     """Talk with a model. /? lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
 
-    Without MODEL it is the bundled stories-chat. A model that has not learnt to chat, as the other bundled ones, goes on
-    with your text instead.
+    Without MODEL it is the bundled stories-chat. A model that has not learnt to chat, as the other bundled ones, goes
+    on with your text instead.
     """
     converse(opt.talker(path), form, system, plain, max_tokens, sampling, model, adapter)
 
