@@ -46,9 +46,10 @@ def server(folder):
     yield live
     for one in started:
         family = psutil.Process(one.process.pid).children(recursive=True) if one.process.poll() is None else []
+        for child in family:  # first: they hold the other end of what is read until its end
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         one.close()
-        for child in family:
-            child.kill()
 
 
 @contextlib.contextmanager
