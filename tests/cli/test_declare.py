@@ -147,7 +147,7 @@ def test_a_verb_does_not_import_the_others():
 def test_the_file_of_a_training_says_what_the_command_line_leaves_out(tmp_path, monkeypatch, capsys):
     (tmp_path / "c.yaml").write_text(
         "model: {dim: 16, n_layers: 1, n_heads: 2, hidden_dim: 24, vocab_size: 320, tied_embeddings: true}\n"
-        "steps: 2\nseq_len: 16\nout: nowhere\ndata: {train: [no-such-text.txt], heldout: b.txt}\n"
+        f"steps: 2\nseq_len: 16\nout: {tmp_path}/out\ndata: {{train: [no-such-text.txt], heldout: b.txt}}\n"
     )
     monkeypatch.setattr(sys, "argv", ["maestrale", "train", str(tmp_path / "c.yaml")])
     with pytest.raises(SystemExit) as left:
