@@ -84,7 +84,7 @@ def test_sigterm_lets_an_open_request_end_and_leaves_no_process(server):
         live.process.terminate()
         rest = answer.read()
     assert rest.endswith(b"data: [DONE]\n\n")
-    assert rest.count(b"data: ") > 1000
+    assert b'"finish_reason":"length"' in rest
     live.wait()
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
     assert any("shutting down: 1 requests are open" in line for line in live.log)

@@ -11,6 +11,7 @@ import atexit
 import os
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from maestrale.errors import DistributedError, UsageError
 from maestrale.mesh import Mesh
 from maestrale.parallel.shared import SharedSum, open_shared_sum
 
-_FOREVER = timedelta(days=365)  # how long an idle rank waits for work; a dead peer is seen at once all the same
+_FOREVER = timedelta(days=365)  # how long a rank waits for others to load; a dead peer is seen at once all the same
 _MAX_REPORT = 2048  # bytes of a rank's report
 _MAX_IN_FLIGHT = 256  # sends that are not waited for
 
@@ -60,7 +61,8 @@ class Link:
         self.rank, self.size, self.local_rank = world()
         self.host, self.ranks_on_host = socket.gethostname(), ranks_on_this_host()
         self._sends: deque[tuple[Any, torch.Tensor]] = deque()
-        self.waited = 0.0
+        self.waited, self._lost, self.timeout = 0.0, False, timeout
+        self._sending = threading.Lock()
         if "OMPI_COMM_WORLD_SIZE" in os.environ:
             _openmpi_rendezvous(self.size)
         if self.ranks_on_host == self.size and sys.platform == "linux":
@@ -69,7 +71,8 @@ class Link:
         os.environ.setdefault("WORLD_SIZE", str(self.size))
         with self._named("rendezvous"):
             dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-            self._idle = dist.new_group(timeout=_FOREVER)
+            self._loading = dist.new_group(timeout=_FOREVER)
+            self._idle = dist.new_group(timeout=timedelta(seconds=timeout))
             stages = [list(range(s * mesh.tensor, (s + 1) * mesh.tensor)) for s in range(mesh.pipeline)]
             groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for ranks in stages]
             self._stage = groups[self.rank // mesh.tensor]
@@ -77,20 +80,21 @@ class Link:
         atexit.register(_leave)
 
     def send(self, tensor: torch.Tensor, to: int, idle: bool = False) -> None:
-        """Begins to send; `tensor` must not change afterwards. idle: to a `receive(idle=True)`."""
-        while self._sends and (len(self._sends) > _MAX_IN_FLIGHT or self._sends[0][0].is_completed()):
-            handle, _ = self._sends.popleft()
-            if not handle.is_completed():
-                with self._named(f"a send by rank {self.rank}"):
-                    handle.wait()
-        tensor = tensor.contiguous()
-        with self._named(f"rank {to}"):
-            handle = dist.isend(tensor, to, group=self._idle if idle else None)
-        if handle is not None:
-            self._sends.append((handle, tensor))
+        """Begins to send; `tensor` must not change afterwards. idle: to a `receive(idle=True)`. From any thread."""
+        with self._sending:
+            while self._sends and (len(self._sends) > _MAX_IN_FLIGHT or self._sends[0][0].is_completed()):
+                handle, _ = self._sends.popleft()
+                if not handle.is_completed():
+                    with self._named(f"a send by rank {self.rank}"):
+                        handle.wait()
+            tensor = tensor.contiguous()
+            with self._named(f"rank {to}"):
+                handle = dist.isend(tensor, to, group=self._idle if idle else None)
+            if handle is not None:
+                self._sends.append((handle, tensor))
 
     def receive(self, tensor: torch.Tensor, source: int, idle: bool = False) -> torch.Tensor:
-        """Fills `tensor` from what rank `source` sends. idle: however long that takes."""
+        """Fills `tensor` from what rank `source` sends. idle: what it sends with `idle`, apart from all else."""
         with self._named(f"rank {source}"), self._waiting():
             dist.recv(tensor, source, group=self._idle if idle else None)
         return tensor
@@ -117,7 +121,7 @@ class Link:
         report[: len(words)] = torch.frombuffer(bytearray(words or b"\0"), dtype=torch.uint8)[: len(words)]
         reports = [torch.empty_like(report) for _ in range(self.size)]
         with self._named("another rank"):
-            dist.all_gather(reports, report, group=self._idle)  # loading may take longer than an answer
+            dist.all_gather(reports, report, group=self._loading)  # loading may take longer than an answer
         for other in reports:
             if words := bytes(other.tolist()).rstrip(b"\0"):
                 raise DistributedError(words.decode(errors="replace")) from cause
@@ -131,8 +135,8 @@ class Link:
         return tensor.tolist()
 
     def close(self) -> None:
-        """Waits for what is still being sent, then lets go of the links."""
-        while self._sends:
+        """Waits for what is still being sent, unless a rank has been lost, then lets go of the links."""
+        while self._sends and not self._lost:
             handle, _ = self._sends.popleft()
             if not handle.is_completed():
                 with self._named("the last messages"):
@@ -166,7 +170,7 @@ class Link:
         try:
             yield
         except (RuntimeError, dist.DistBackendError) as error:
-            words = str(error)
+            self._lost, words = True, str(error)
             cause = "does not answer" if "imed out" in words or "imeout" in words else "has gone"
             detail = words.splitlines()[0].split("] ", 1)[-1].split(". ")[0][:200]  # without a source file's path
             raise DistributedError(f"rank {self.rank} on {self.host}: {peer} {cause} ({detail})") from None

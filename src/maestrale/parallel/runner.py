@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from maestrale.parallel.link import Link
 from maestrale.parallel.wire import pack_batch, unpack_batch
 from maestrale.plan import cache_bytes
 
-_LEAVE, _REPORT = 0, -1  # in place of a batch's length
+_LEAVE, _REPORT, _ALIVE = 0, -1, -2  # in place of a batch's length
 
 
 class Stage(Protocol):
@@ -104,6 +105,8 @@ class ParallelRunner:
         self._worker, self._layout, self._link = worker, layout, worker.link
         self.depth = self._link.mesh.pipeline
         self._under_way: deque[int | NDArray[np.float32]] = deque()  # wanted rows to come, or logits that are there
+        self._left, self._telling = threading.Event(), threading.Lock()
+        threading.Thread(target=self._say_alive, name="alive", daemon=True).start()
 
     @property
     def layout(self) -> CacheLayout:
@@ -143,15 +146,23 @@ class ParallelRunner:
 
     def close(self) -> None:
         """Lets the other ranks go. Where one has gone already, that has been told."""
+        self._left.set()
         with suppress(DistributedError):
             self._tell(_LEAVE)
             self._link.close()
 
     def _tell(self, what: int, flat: torch.Tensor | None = None) -> None:
-        for rank in range(1, self._link.size):
-            self._link.send(torch.tensor([what]), rank, idle=True)
-            if flat is not None:
-                self._link.send(flat, rank)
+        with self._telling:
+            for rank in range(1, self._link.size):
+                self._link.send(torch.tensor([what]), rank, idle=True)
+                if flat is not None:
+                    self._link.send(flat, rank)
+
+    def _say_alive(self) -> None:
+        """So that a rank without work can tell rest from a cable that has been cut."""
+        with suppress(DistributedError):  # whoever waits for an answer meets it too, and says so
+            while not self._left.wait(self._link.timeout / 4):
+                self._tell(_ALIVE)
 
 
 def open_ranks(
@@ -190,6 +201,8 @@ def work(worker: Worker, layout: CacheLayout) -> None:
     """What rank 0 sends, until it lets this rank go."""
     link = worker.link
     while (length := int(link.receive(torch.empty(1, dtype=torch.int64), 0, idle=True))) != _LEAVE:
+        if length == _ALIVE:
+            continue
         if length == _REPORT:
             usage = worker.usage()
             link.send(torch.tensor([usage.busy, usage.peak, usage.weights], dtype=torch.float64), 0, idle=True)
