@@ -70,7 +70,12 @@ class Link:
         os.environ.setdefault("RANK", str(self.rank))
         os.environ.setdefault("WORLD_SIZE", str(self.size))
         with self._named("rendezvous"):
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+            # torchrun keeps its store over a restart: the addresses of the ranks before would be found in it.
+            attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group(
+                "gloo", store=attempt, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout)
+            )
             self._loading = dist.new_group(timeout=_FOREVER)
             self._idle = dist.new_group(timeout=timedelta(seconds=timeout))
             stages = [list(range(s * mesh.tensor, (s + 1) * mesh.tensor)) for s in range(mesh.pipeline)]
