@@ -86,5 +86,8 @@ def test_a_gguf_file_of_the_bundled_model_is_written_inspected_and_run(command, 
     shown = command("inspect", path)
     assert (shown.code, "GGUF" in shown.out, "of Q8_0" in shown.out) == (0, True, True)
     options = ("-p", "Once upon a time", "--max-tokens", "8", "--temperature", "0", "--backend", "torch", "--json")
-    texts = [json.loads(command("generate", model, *options).out)["text"] for model in (path, "stories")]
+    assert json.loads(command("generate", path, *options).out)["finish_reason"] == "length"
+    whole = tmp_path / "whole.gguf"
+    assert command("convert", "stories", whole, "--to", "gguf", "--weights", "bf16").code == 0
+    texts = [json.loads(command("generate", model, *options).out)["text"] for model in (whole, "stories")]
     assert texts[0] == texts[1]

@@ -8,6 +8,7 @@ shards of one host go through memory that they share.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import socket
 import sys
@@ -29,6 +30,7 @@ from maestrale.parallel.shared import SharedSum, open_shared_sum
 _FOREVER = timedelta(days=365)  # how long a rank waits for others to load; a dead peer is seen at once all the same
 _MAX_REPORT = 2048  # bytes of a rank's report
 _MAX_IN_FLIGHT = 256  # sends that are not waited for
+_numbers = itertools.count()  # of links in this process, alike on all ranks
 
 
 def world() -> tuple[int, int, int]:
@@ -71,10 +73,10 @@ class Link:
         os.environ.setdefault("WORLD_SIZE", str(self.size))
         with self._named("rendezvous"):
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-            # torchrun keeps its store over a restart: the addresses of the ranks before would be found in it.
-            attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            # The store outlives a restart by torchrun, and links of before: their addresses would be found in it.
+            own = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_numbers)}", store)
             dist.init_process_group(
-                "gloo", store=attempt, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout)
+                "gloo", store=own, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout)
             )
             self._loading = dist.new_group(timeout=_FOREVER)
             self._idle = dist.new_group(timeout=timedelta(seconds=timeout))
