@@ -77,7 +77,7 @@ class Batch:
 def read_alone(
     token_ids: Sequence[int], windows: tuple[int | None, ...], max_chunk: int
 ) -> tuple[CacheLayout, list[Batch]]:
-    """A text that is read once: the layout of its own cache, whose rings never wrap, and its chunks, all rows wanted."""
+    """A text that is read once: the layout of its own cache, whose rings never wrap; its chunks, all rows wanted."""
     n, kinds = len(token_ids), len(windows)
     pages = -(-n // 16)
     batches = [
