@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights; the rest is for activations and other programs
+
+
+_KEPT = 128 << 20  # bytes of freed memory that stay with the process
+_MAPPED = 32 << 20  # bytes from which an allocation is mapped by itself; glibc takes no more than this
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> None:
+    """glibc returns what is freed to the system, which zeroes it page by page when the next step asks for it again: a
+    fifth of the torch backend's time for 512 tokens of a 125 M model. Up to 128 MiB stay. Other C libraries: nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):  # Windows, macOS
+        return
+    mallopt(_M_TRIM_THRESHOLD, _KEPT)
+    mallopt(_M_MMAP_THRESHOLD, _MAPPED)
 
 
 def cache_budget(available: int, weight_bytes: int) -> int:

@@ -43,7 +43,7 @@ def bench(
     one.
     """
     from maestrale.checkpoint.dtypes import TORCH_NAMES
-    from maestrale.launch import kernels_here
+    from maestrale.choices import kernels_here
 
     sizes = read_sizes(batch)
     for name, value in (("prompt-tokens", prompt_tokens), ("decode-tokens", decode_tokens), ("repeats", repeats)):
@@ -133,7 +133,8 @@ class Stand:
         **options: Any,
     ):
         from maestrale.batch import Pipelined
-        from maestrale.launch import Options, launch
+        from maestrale.choices import Options
+        from maestrale.launch import launch
 
         self.prompt_tokens, self.decode_tokens = prompt_tokens, decode_tokens
         # The first sequences decode while the last ones' prompts are computed: at most two steps for each sequence.

@@ -31,12 +31,7 @@ class NativeStage:
             shape = (len(batch.logit_rows), config.vocab_size) if last else (len(batch.token_ids), config.dim)
             out = np.empty(shape, np.float32)
             self.model.step(
-                batch.token_ids,
-                batch.positions,
-                batch.starts,
-                batch.tables,
-                batch.copies,
-                batch.logit_rows,
+                *batch.arrays,
                 hidden_in=None if hidden_TD is None else hidden_TD.numpy(),
                 hidden_out=None if last else out,
                 logits=out if last else None,

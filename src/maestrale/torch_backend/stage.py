@@ -8,6 +8,7 @@ import torch
 
 from maestrale.batch import Batch, CacheLayout
 from maestrale.checkpoint.reader import Checkpoint
+from maestrale.memory import keep_freed_memory
 from maestrale.mesh import Shard
 from maestrale.torch_backend.cache import PagedCache
 from maestrale.torch_backend.load import DTYPES
@@ -49,5 +50,6 @@ def open_stage(
     progress: Callable[[int, int], None],
 ) -> TorchStage:
     """This rank's part of the checkpoint on `device`, computing in `dtype`. total: the sum over a stage's shards."""
+    keep_freed_memory()
     model = load_shard(checkpoint, shard, DTYPES[dtype], torch.device(device), total, progress)
     return TorchStage(model, shard, layout)
