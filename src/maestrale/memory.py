@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 from pathlib import Path
 
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights; the rest is for activations and other programs
@@ -50,3 +52,12 @@ def available_memory() -> int:
         return system
     used -= int(usage["active_file"]) + int(usage["inactive_file"])  # cached files give way
     return min(system, max(int(limit) - used, 0))
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory that this process has held at once so far, mapped weights included."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))  # not its launcher's
