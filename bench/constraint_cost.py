@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compare_rivals import RESULTS, Book
+
 from maestrale import LLM, SamplingParams
 from maestrale.engine import growth
 from maestrale.sampling.grammar import Matcher
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--keep", action="store_true", help="the result in results/serving.json too")
     asked = parser.parse_args()
     llm = LLM(asked.model, backend=asked.backend, max_len=2048, speculate=False)
     constraints = {
@@ -86,7 +89,10 @@ def main() -> None:
                 rows.append({"batch": batch, "temperature": temperature, "constraint": name, "share": share})
                 print(f"  {name:25} {cost:6.1f} us a token = {share:6.2%} of a step", flush=True)
     worst = max(row["share"] for row in rows)
-    print(json.dumps({"vocab_size": llm.config.vocab_size, "worst": worst, "pass": worst < LIMIT, "rows": rows}))
+    result = {"vocab_size": llm.config.vocab_size, "worst": worst, "pass": worst < LIMIT, "rows": rows}
+    if asked.keep:
+        Book(RESULTS / "serving.json").keep(f"constraints {asked.model.name}", result)
+    print(json.dumps(result))
 
 
 def steps(llm: LLM, constraint: Any, tokens: int, batch: int, temperature: float) -> tuple[list[float], list[float]]:

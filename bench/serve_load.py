@@ -22,8 +22,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from compare_rivals import RESULTS, Book
 from http_client import Reply, ask, serving
 
 from maestrale import LLM, SamplingParams
@@ -93,7 +95,11 @@ def waits(replies: Sequence[Reply]) -> dict[str, float]:
 
 @contextmanager
 def beside(command: str) -> Iterator[int]:
-    """Another server, on a port of its own. RuntimeError where it does not answer within ten minutes."""
+    """The port of another server: one of its own, or that of one that runs, where its address is given. RuntimeError
+    where it does not answer within ten minutes."""
+    if command.startswith("http://127.0.0.1:"):
+        yield int(command.rpartition(":")[2])
+        return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,8 +141,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompt", type=int, default=50, help="words of a prompt")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--beside", action="append", default=[], metavar="NAME=COMMAND", help="{port} is filled in")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="NAME=COMMAND",
+        help="{port} is filled in; or NAME=http://127.0.0.1:PORT, of one that runs",
+    )
     parser.add_argument("--no-offline", action="store_true", help="only servers")
+    parser.add_argument("--no-long", action="store_true", help="without the run beside prompts of 2,000 tokens")
+    parser.add_argument("--keep", action="store_true", help="the result in results/serving.json too")
     parser.add_argument("options", nargs="*", help="for maestrale serve, after --")
     args = parser.parse_args()
     others = dict(word.split("=", 1) for word in args.beside)
@@ -161,21 +175,25 @@ def main() -> None:
         rng = random.Random(99)
         long = [[1, *(rng.randrange(300, 32000) for _ in range(1999))] for _ in range(1000)]
         prompts = prompts_for(args.clients, args.prompt, 77)
-        busy = summary([asyncio.run(disturbed(ours, args.clients, prompts, long, args.tokens))])
+        busy = [] if args.no_long else [asyncio.run(disturbed(ours, args.clients, prompts, long, args.tokens))]
     result: dict[str, Any] = {
         "model": str(args.model),
         "clients": args.clients,
+        "tokens": args.tokens,
         "servers": {name: summary(found[1:]) for name, found in loads.items()},
-        "beside_prompts_of_2000": busy,
     }
-    between = busy["waits_ms"]
-    checks = {
-        f"p99 between tokens within {STRETCH:g} medians": between["between_p99"] <= STRETCH * between["between_p50"]
-    }
+    checks = {}
+    if busy:
+        result["beside_prompts_of_2000"] = summary(busy)
+        between = result["beside_prompts_of_2000"]["waits_ms"]
+        checks[f"p99 between tokens within {STRETCH:g} medians"] = (
+            between["between_p99"] <= STRETCH * between["between_p50"]
+        )
     if offline:
         shares = [one.tokens / one.seconds / speed for one, speed in zip(loads["maestrale"], offline, strict=True)][1:]
         result |= {"offline_tokens_per_second": round(statistics.median(offline[1:]), 1)}
         result |= {"share_of_offline": round(statistics.median(shares), 3)}
+        result |= {"shares": [round(share, 3) for share in sorted(shares)]}
         checks[f"{SHARE:.0%} of the offline engine"] = statistics.median(shares) >= SHARE
     for name in others:
         mine, theirs = result["servers"]["maestrale"], result["servers"][name]
@@ -183,6 +201,9 @@ def main() -> None:
         checks[f"first token sooner than {name} (p99)"] = (
             mine["waits_ms"]["first_p99"] < theirs["waits_ms"]["first_p99"]
         )
+    if args.keep:
+        name = f"load {Path(args.model).name} beside {', '.join(others) or 'the offline engine'}"
+        Book(RESULTS / "serving.json").keep(name, result | {"checks": checks})
     print(json.dumps(result | {"checks": checks}))
 
 

@@ -14,15 +14,17 @@ import argparse
 import asyncio
 import json
 import random
+import shlex
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import make_checkpoint
+from compare_rivals import RESULTS, Book
 from http_client import Reply, Server, ask, serving
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -31,6 +33,7 @@ MOST_GROWTH = 1.0  # per cent of memory, from a tenth of the requests to the las
 STORM, PATIENCE = 200, 5.0  # clients that leave at once, and the seconds until an answer must come after that
 # A cache that a tenth of the requests fills: pages that are taken for the first time are no leak, but memory.
 CACHE = ("--max-len", "1024", "--max-sequences", "32")
+READINGS = 300  # of memory, one a request; the least of them counts, for what is taken for a moment is no growth
 WORDS = ["fox", "king", "sea", "tale", "hen"]
 
 
@@ -94,6 +97,7 @@ def _choices(body: Mapping[str, Any], reply: Reply) -> list[dict[str, Any]]:
 async def soak(server: Server, requests: int, clients: int, seed: int) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
     memory: dict[int, int] = {}
+    last: deque[int] = deque(maxlen=READINGS)
     numbers = iter(range(1, requests + 1))
 
     async def client() -> None:
@@ -114,23 +118,24 @@ async def soak(server: Server, requests: int, clients: int, seed: int) -> dict[s
                 outcomes[f"answered {expected}"] += 1
             else:
                 outcomes["lost"] += 1
-                print("lost:", path, body, reply.status, reply.body[-200:], file=sys.stderr)
+                print("lost:", path, str(body)[:200], reply.status, reply.body[-200:], file=sys.stderr)
+            last.append(resident(server.pid))
             if number % (requests // 10) == 0:
-                memory[number] = resident(server.pid)
+                memory[number] = min(last)
                 print(f"{number} requests: {memory[number] / 2**20:.1f} MiB", file=sys.stderr, flush=True)
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - began
     after_storm = await storm(server)
-    first, last = memory[requests // 10], memory[requests]
+    begin, end = memory[requests // 10], memory[requests]
     return {
         "requests": requests,
         "clients": clients,
         "seconds": round(seconds, 1),
         "outcomes": dict(outcomes),
         "memory_mib": {str(number): round(memory[number] / 2**20, 1) for number in sorted(memory)},
-        "growth_percent": round(100 * (last - first) / first, 2),
+        "growth_percent": round(100 * (end - begin) / begin, 2),
         "answer_after_storm_seconds": round(after_storm, 2),
         "pages_left": await pages_left(server.port),
     }
@@ -183,15 +188,19 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--options", default="", help="for maestrale serve: --options='--header-timeout 60'")
+    parser.add_argument("--keep", action="store_true", help="the result in results/serving.json too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or Path(scratch) / "T"
         if args.model is None:
             make_checkpoint.make_checkpoint(make_checkpoint.SHAPES["T"], model)
-        with serving(model, "--backend", args.backend, *CACHE) as server:
+        with serving(model, "--backend", args.backend, *CACHE, *shlex.split(args.options)) as server:
             result = asyncio.run(soak(server, args.requests, args.clients, args.seed))
     result = {"model": str(args.model or "T"), "backend": args.backend} | result
     result["checks"] = checks(result, server.exit_code)
+    if args.keep:
+        Book(RESULTS / "serving.json").keep("soak", result)
     print(json.dumps(result))
     sys.exit(0 if all(result["checks"].values()) else 1)
 

@@ -288,29 +288,45 @@ def test_logprobs_are_those_of_the_raw_logits(scale):
 
 
 class Only(list):
-    """The ids that are allowed, ascending."""
+    """The ids that are allowed, of 40. tells: whether it knows without being asked for all that there is but one."""
 
-    def ids(self):
-        return np.array(self, np.int64)
+    tells = False
+
+    def only(self):
+        return self[0] if self.tells and len(self) == 1 else None
+
+    def bits(self):
+        return np.packbits(np.isin(np.arange(40), self), bitorder="little")
 
 
 @given(
-    logits=st.lists(st.sampled_from([-np.inf, -3.0, 0.0, 0.5, 1.0, 2.0]), min_size=4, max_size=4),
-    allowed=st.lists(st.booleans(), min_size=4, max_size=4),
+    logits=st.lists(st.sampled_from([-np.inf, -3.0, 0.0, 0.5, 1.0, 2.0]), min_size=7, max_size=7),
+    allowed=st.lists(st.booleans(), min_size=7, max_size=7),
     temperature=st.sampled_from([0, 0.7, 2]),
     seed=st.integers(0, 5),
+    tells=st.booleans(),
 )
-def test_what_is_not_allowed_is_as_if_its_logit_were_minus_infinity(logits, allowed, temperature, seed):
-    row, may = np.array(logits, np.float32), Only(i for i in range(4) if allowed[i])
+def test_what_is_not_allowed_is_as_if_its_logit_were_minus_infinity(logits, allowed, temperature, seed, tells):
+    row, may = np.array(logits, np.float32), Only(i for i in range(7) if allowed[i])
+    may.tells = tells
     params = SamplingParams(temperature=temperature, logit_bias={1: 3.0}, top_k=2, repetition_penalty=1.3)
     lowered = np.array([x if ok else -np.inf for x, ok in zip(logits, allowed, strict=True)], np.float32)
     if not np.isfinite(lowered).any():
         with pytest.raises(RequestError):
-            sample(row, params, seed, 0, 0, (), history_for(params, [2], 4), may)
+            sample(row, params, seed, 0, 0, (), history_for(params, [2], 7), may)
         return
-    token = sample(row, params, seed, 0, 0, (), history_for(params, [2], 4), may)
-    assert token == sample(lowered, params, seed, 0, 0, (), history_for(params, [2], 4))
+    token = sample(row, params, seed, 0, 0, (), history_for(params, [2], 7), may)
+    assert token == sample(lowered, params, seed, 0, 0, (), history_for(params, [2], 7))
     assert allowed[token]
+
+
+@pytest.mark.parametrize("allowed", [range(40), range(1, 40), range(3, 40), range(5, 40), [7]])
+def test_however_many_are_allowed_the_draw_is_among_them(allowed):
+    row = np.linspace(4, 0, 40, dtype=np.float32)
+    lowered = np.where(np.isin(np.arange(40), allowed), row, -np.inf).astype(np.float32)
+    for params in (SamplingParams(temperature=t, top_k=k, top_p=p) for t in (0, 1.5) for k in (0, 5) for p in (0.7, 1)):
+        for seed in range(20):
+            assert sample(row, params, seed, 0, 0, (), None, Only(allowed)) == sample(lowered, params, seed, 0, 0)
 
 
 def test_a_logit_that_is_no_number_is_told_under_a_constraint_too():

@@ -22,6 +22,14 @@ def bytes_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def bytes_server(bytes_folder):
+    """One server with the tiny model for those who need no settings of their own. Left idle by every test."""
+    server = Live(bytes_folder)
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def start(bytes_folder):
     """Live, on the tiny model; ended with the test."""

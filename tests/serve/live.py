@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ from tiny import DENSE
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
 BYTES = replace(DENSE, vocab_size=288, max_position_embeddings=2048)  # a model of bytes, with a long context
+HEAD = "host: localhost\r\ncontent-type: application/json\r\ncontent-length: "
+LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 ADDRESS = re.compile(r"serving .* on http://([\d.]+|\[[\da-f:]+\]):(\d+)")
 
 
@@ -145,3 +148,31 @@ def eventually(condition, seconds: float) -> float:
         assert time.monotonic() - began < seconds, f"not within {seconds} s"
         time.sleep(0.01)
     return time.monotonic() - began
+
+
+def open_request(server: Live, path: str, body: dict, receive_buffer: int | None = None) -> socket.socket:
+    """Sends a request and leaves the answer in the socket."""
+    raw = json.dumps(body).encode()
+    connection = socket.socket()
+    if receive_buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(60)
+    connection.connect(("127.0.0.1", server.port))
+    connection.sendall(f"POST {path} HTTP/1.1\r\n{HEAD}{len(raw)}\r\n\r\n".encode() + raw)
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything up to the end of a chunked answer, its chunks' sizes left out."""
+    data = b""
+    while not data.endswith(b"0\r\n\r\n"):
+        more = connection.recv(1 << 16)
+        if not more:
+            break
+        data += more
+    _, _, rest = data.partition(b"\r\n\r\n")
+    content = b""
+    while rest:
+        size, _, rest = rest.partition(b"\r\n")
+        content, rest = content + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    return content

@@ -8,8 +8,7 @@ import sys
 import time
 
 import pytest
-from live import ENVIRONMENT, Live, eventually, read_events
-from test_running import LONG, open_request, read_all
+from live import ENVIRONMENT, LONG, Live, eventually, open_request, read_all, read_events
 
 PATIENCE = 10  # seconds after which a rank that is silent counts as hanging
 

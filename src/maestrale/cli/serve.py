@@ -88,7 +88,8 @@ def serve(
         float, Option(help="Seconds of silence after which a stream says that it lives.", group=_LIMITS)
     ] = 10.0,
     stream_interval: Annotated[
-        float, Option(help="Least seconds between two events of a stream; 0: one for each step.", group=_LIMITS)
+        float,
+        Option(help="Least seconds between two events of a stream, of one of many five times that.", group=_LIMITS),
     ] = 0.02,
     max_body: Annotated[int, Option(help="Bytes of a request's body.", group=_LIMITS)] = 16 << 20,
     adapter: Annotated[

@@ -35,7 +35,7 @@ class Matcher:
     `consume`, which goes on by one. The end of sequence is among them where the text is complete.
 
     Whether a token may come is asked for it alone, which takes some microseconds: greedy texts seldom need more. All
-    tokens are worked out where they are wanted, which takes ten times as long, or a hundred.
+    tokens are worked out where they are wanted, which takes up to a hundred times as long.
 
     finished: the text is complete and nothing can be added to it. calls_begun: a tool call has begun.
     """
@@ -52,32 +52,41 @@ class Matcher:
         self.calls_begun = False
         bits = self._all()
         self._bits: NDArray[np.uint8] | None = bits if first is None else bits & first
+        self._only: int | None = None
+        self._asked = True  # whether `_only` is known
         self._check()
         if not self._bits.any():
             raise _wrong(constraint, "")
 
-    def __contains__(self, token: int) -> bool:
-        if self._bits is None:
-            if token == self._eos_id:
-                return self._matcher.is_accepting()
+    def only(self) -> int | None:
+        if not self._asked:
             spelling = self._matcher.compute_ff_tokens()  # of a text that there is no choice about
-            return token == spelling[0] if spelling else self._matcher.validate_tokens([token]) == 1
-        return bool(self._bits[token >> 3] >> (token & 7) & 1)
+            self._only, self._asked = spelling[0] if spelling else None, True
+        return self._only
 
-    def ids(self) -> NDArray[np.int64]:
-        """Ascending. RequestError where the constraint gets too complex, or leads nowhere."""
+    def __contains__(self, token: int) -> bool:
+        if self._bits is not None:
+            return bool(self._bits[token >> 3] >> (token & 7) & 1)
+        if token == self._eos_id:
+            return self._matcher.is_accepting()
+        if not self._asked:
+            self.only()
+        return self._matcher.validate_tokens([token]) == 1 if self._only is None else token == self._only
+
+    def bits(self) -> NDArray[np.uint8]:
+        """RequestError where the constraint gets too complex, or leads nowhere."""
         if self._bits is None:
             self._bits = self._all()
             self._check()
             if not self._bits.any():
                 raise _wrong(self._constraint, "")
-        return np.flatnonzero(np.unpackbits(self._bits, count=self._size, bitorder="little").view(np.bool_))
+        return self._bits
 
     def consume(self, token: int) -> None:
         """Go on by a token that was allowed. RequestError where the constraint gets too complex."""
         self._matcher.consume_token(token)
         self.calls_begun |= token == self._calls_id
-        self._bits = None
+        self._bits, self._asked = None, False
         self._check()
 
     def copy(self) -> Matcher:

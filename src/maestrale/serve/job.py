@@ -45,11 +45,10 @@ class Chore:
 
 
 class Job:
-    """The work of one HTTP request. streaming: whether pieces are wanted as they come, or the whole at the end; then
-    not before `interval` seconds after the last ones. Each event that is sent costs the cores that compute the next."""
+    """The work of one HTTP request. streaming: whether pieces are wanted as they come, or the whole at the end."""
 
-    def __init__(self, work: Sequence[Work], streaming: bool, interval: float, accepted: asyncio.Future[None]):
-        self.work, self.streaming, self.interval, self.accepted = work, streaming, interval, accepted
+    def __init__(self, work: Sequence[Work], streaming: bool, accepted: asyncio.Future[None]):
+        self.work, self.streaming, self.accepted = work, streaming, accepted
         self.began = time.monotonic()
         self.last: float | None = None  # when its last piece came
         self.started = self.ended = False
@@ -64,11 +63,12 @@ class Job:
         """Tokens of its prompts that were found in the cache. To be asked when it has ended."""
         return sum(request.cached for request in self._requests)
 
-    def arrive(self, pieces: list[Piece]) -> int:
-        """Pieces of a stream, to be handed on now or at the interval's end; how many nobody has taken yet."""
+    def arrive(self, pieces: list[Piece], interval: float) -> int:
+        """Pieces of a stream, to be handed on not before `interval` seconds after the last ones; how many nobody has
+        taken yet."""
         loop, waiting = asyncio.get_running_loop(), bool(self._arrived)
         self._arrived += pieces
-        if (due := self._told + self.interval) <= loop.time():
+        if (due := self._told + interval) <= loop.time():
             self._news.set()
         elif not waiting:
             loop.call_at(due, self._news.set)

@@ -16,6 +16,7 @@ import uvicorn
 
 from maestrale.errors import SIGINT_EXIT, MaestraleError, UsageError
 from maestrale.llm import LLM
+from maestrale.serve import heap
 from maestrale.serve.app import make_app
 from maestrale.serve.context import Context
 from maestrale.serve.logs import set_up
@@ -27,9 +28,6 @@ from maestrale.serve.wire import protocol
 
 log = logging.getLogger("maestrale.serve")
 
-# torch on the CPU keeps twice, in oneDNN and above it, what is compiled for each number of rows that a step may have:
-# 817 MiB after 400 numbers with the 1024 entries of each. They are read when torch is imported, which is later.
-_COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 _LAST_WORDS = 5  # seconds for error events to reach their clients after the drain's deadline
 
 
@@ -38,8 +36,7 @@ def serve(settings: Settings, open_model: Callable[[], LLM]) -> int:
 
     Where torchrun or mpirun started several processes, rank 0 serves; the others compute, and do not return.
     """
-    for cache in _COMPILED:
-        os.environ.setdefault(cache, "128")
+    heap.prepare()
     if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
         open_model()
     with _listen(settings) as listener:
@@ -104,12 +101,14 @@ class _Server:
             loop.add_signal_handler(number, self._signalled, number)
         service.start()
         await context.in_worker(_warm_up, self.llm)
-        serving = asyncio.create_task(server.serve(sockets=[self.listener]))
+        heap.settle()
+        serving, tending = asyncio.create_task(server.serve(sockets=[self.listener])), asyncio.create_task(heap.tend())
         log.info("%s", self._greeting())
         await asyncio.wait((serving, asyncio.create_task(self.wake.wait())), return_when=asyncio.FIRST_COMPLETED)
         await self._drain(service)
         server.should_exit = True
         await serving
+        tending.cancel()
         service.stop()
         context.close()
         if service.death is not None:

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 log = logging.getLogger("maestrale.serve")
 
+_SMOOTH, _ROUGHEST = 4, 5  # streams that have an event each interval; at most so many intervals between two of others
+
 
 class Service:
     """Runs jobs on a model. Made and used on the event loop; `start` starts the thread, `stop` ends it."""
@@ -114,7 +116,7 @@ class Service:
 
     def _submit(self, work: Sequence[Work], streaming: bool) -> Job:
         self._require_room()
-        job = Job(work, streaming, self._stream_interval, self._loop.create_future())
+        job = Job(work, streaming, self._loop.create_future())
         self._jobs[job] = self._loop.call_later(self._timeout, self._expire, job)
         self._commands.put(partial(self._begin, job))
         return job
@@ -150,14 +152,16 @@ class Service:
     def _deliver(
         self, when: float, news: list[tuple[Job, list[Piece]]], ends: list[tuple[Job, ApiError | None]]
     ) -> None:
-        """What one step has brought."""
+        """What one step has brought. Each event that is sent costs the cores that compute the next: the more streams
+        are open, the fewer each has."""
+        interval = self._stream_interval * min(max(len(self._jobs) / _SMOOTH, 1), _ROUGHEST)
         for job, pieces in news:
             if job.ended:
                 continue
             self.metrics.observe(job, when, pieces)
             if not job.streaming:
                 continue
-            if (unread := job.arrive(pieces)) > self._max_unread:
+            if (unread := job.arrive(pieces, interval)) > self._max_unread:
                 self._fail(job, ApiError(408, f"{unread} pieces are unread: read faster"), "slow reader")
         for job, error in ends:
             if error is not None:

@@ -11,7 +11,7 @@ const $ = (id) => document.getElementById(id);
 const wide = matchMedia("(min-width: 62rem)");
 const STARTS = {
   text: ["Once upon a time there was a fisherman who", "The old king had three sons, and the youngest", "Far behind the mountains, where the north wind lives,"],
-  chat: ["How does a sail pull a boat against the wind?", "Write a limerick about a cat who learns to bake.", "Explain recursion to a ten-year-old."],
+  chat: ["Tell me a story about a fox and a hen.", "Tell me a story about a king with three daughters.", "How does a sail pull a boat against the wind?"],
 };
 
 let card, view, talks = load(), talk, writing = null, followed = null;
@@ -37,6 +37,7 @@ async function begin() {
   ].filter(Boolean).join(" · ");
   view = new View($("view"), card);
   panel(wide.matches ? options.panel : null);
+  grow($("say"));
   open(talks.toSorted((a, b) => b.changed - a.changed)[0] ?? conversation(card.maestrale.chats ? "chat" : "text"));
 }
 
@@ -76,7 +77,7 @@ function render() {
     make("p", { class: "hello", text: talk.form === "text" ? "Begin a story, and the model goes on." : "What would you like to talk about?" }),
     ...STARTS[talk.form].map((start) => make("button", { class: "start", type: "button", text: start, on: { click: () => send(start) } })),
   );
-  $("say").placeholder = talk.form === "text" ? (nodes.length ? "Write on, or let the model go on" : "Once upon a time…") : "Message";
+  $("say").placeholder = talk.form === "text" ? (nodes.length ? "Write on…" : "Once upon a time…") : "Message";
   $("hint").textContent = card.maestrale.chats || talk.form === "chat" ? "Enter sends, Shift+Enter begins a new line" : "This model has not learnt to chat: it goes on with your text.";
   controls();
   $("scroll").scrollTop = $("scroll").scrollHeight;
