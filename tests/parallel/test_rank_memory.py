@@ -14,8 +14,6 @@ from maestrale.plan import tensor_plan
 WIDE = replace(
     DENSE, dim=1024, n_layers=8, head_dim=64, hidden_dim=4096, n_heads=16, n_kv_heads=8, sliding_window=(None,) * 8
 )  # 16 M parameters a layer
-
-
 SMALL = replace(WIDE, dim=64, hidden_dim=64, n_heads=2, n_kv_heads=2)
 
 
@@ -25,21 +23,9 @@ def folder_of(path, config):
 
 
 def ranks(folder, backend):
-    asked = [
-        folder,
-        "--backend",
-        backend,
-        "--num-pipeline-ranks",
-        2,
-        "--batch",
-        2,
-        "--repeats",
-        1,
-        "--decode-tokens",
-        4,
-        "--json",
-    ]
-    done = run("bench", *asked, "--prompt-tokens", 16, "--dtype", "bfloat16", launcher=(sys.executable, *torchrun(2)))
+    asked = [folder, "--backend", backend, "--num-pipeline-ranks", 2, "--dtype", "bfloat16", "--json"]
+    little = ["--batch", 2, "--repeats", 1, "--decode-tokens", 4, "--prompt-tokens", 16]
+    done = run("bench", *asked, *little, launcher=(sys.executable, *torchrun(2)))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)["ranks"]
 
