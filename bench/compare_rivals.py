@@ -26,14 +26,14 @@ from typing import Any
 
 from make_checkpoint import CHECKPOINTS, SHAPES, make_checkpoint
 
+from maestrale.checkpoint.convert import convert
+from maestrale.checkpoint.gguf_writer import convert_to_gguf
+from maestrale.checkpoint.writer import atomic_file
+
 RIVALS_FOLDER = Path(__file__).parent / "rivals"
 sys.path.insert(0, str(RIVALS_FOLDER))
 
-from report import KINDS, OURS, QUIET, START, TOKENS, write_report  # noqa: E402
-
-from maestrale.checkpoint.convert import convert  # noqa: E402
-from maestrale.checkpoint.gguf_writer import convert_to_gguf  # noqa: E402
-from maestrale.checkpoint.writer import atomic_file  # noqa: E402
+from report import KINDS, OURS, QUIET, START, TOKENS, write_report  # noqa: E402 (it lies in the folder just named)
 
 RESULTS = Path(__file__).parent / "results"
 BITS = ("int4", "int8", "bf16")

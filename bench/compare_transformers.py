@@ -7,7 +7,8 @@ mask (all sequences are of one length), logits of the last position only, and on
 implementations. Decoding is timed over a loop of forward calls, and over `generate` itself; the faster one counts.
 
 Our side is the whole engine (scheduling, sampling, detokenizing); theirs is the model and an argmax.
-The results, losses too, go to bench/results/BACKEND-vs-transformers.json and .md; the last line printed is JSON.
+The results, losses too, go to bench/results/BACKEND-vs-transformers.json and .md, model by model: one that is not
+measured this time stays as it is there. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from maestrale.cli.bench import (
     CONTEXT,
     Stand,
     machine_limits,
-    peak_memory,
     prefill_operations,
     prompt,
     step_bytes,
 )
+from maestrale.memory import peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS, DECODE_TOKENS, BATCHES = 512, 32, (1, 8, 16)
@@ -184,9 +185,11 @@ class Worker:
         self.process.wait()
 
 
-def compare(
-    shape: str, folders: dict[str, Path], repeats: int, limits: dict[str, float], backend: str
-) -> dict[str, Any]:
+def compare(shape: str, folders: dict[str, Path], repeats: int, backend: str) -> dict[str, Any]:
+    """The machine's limits are the best of all repeats: what else it does slows them too."""
+    import torch
+
+    limits: dict[str, float] = {}
     say(f"{shape}: loading both")
     workers = {side: Worker(side, folder, backend) for side, folder in folders.items()}
     taken: dict[str, dict[str, list[dict[str, Any]]]] = {kind: {OURS: [], THEIRS: []} for kind in KINDS}
@@ -194,6 +197,8 @@ def compare(
         for worker in workers.values():
             worker.measure(kind)
     for repeat in range(repeats):
+        for name, rate in machine_limits(torch.device("cpu"), torch.bfloat16).items():
+            limits[name] = max(rate, limits.get(name, 0.0))
         for kind in KINDS:
             for side in (OURS, THEIRS) if repeat % 2 == 0 else (THEIRS, OURS):
                 taken[kind][side].append(workers[side].measure(kind))
@@ -204,7 +209,7 @@ def compare(
     for worker in workers.values():
         worker.close()
     rows = {kind: summary(shape, kind, sides, limits) for kind, sides in taken.items()}
-    return {"speed": rows, "peak_memory_bytes": peaks}
+    return {"speed": rows, "peak_memory_bytes": peaks, "limits": limits}
 
 
 def summary(shape: str, kind: str, sides: dict[str, list[dict[str, Any]]], limits: dict[str, float]) -> dict[str, Any]:
@@ -267,25 +272,21 @@ def prepare(shape: str, where: Path) -> dict[str, Path]:
 
 def table(found: dict[str, Any]) -> str:
     """The results as Markdown."""
-    machine = found["machine"]
-    limits = found["limits"]
     lines = [
         f"# The {found['backend']} backend beside transformers",
         "",
-        f"{machine['processor']}, {machine['threads']} threads; torch {machine['torch']}, transformers "
-        f"{machine['transformers']}; bfloat16; {found['date']}; load average {machine['load']:.1f} at the start, "
-        f"{machine['load_after']:.1f} at the end.",
-        f"Medians of {found['repeats']} repeats taken in turns. Limits: "
-        f"{limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s of a matrix product for pre-fill, "
-        f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s of reading memory for decoding.",
+        "Medians of repeats taken in turns, in bfloat16. Limits: a matrix product's operations for pre-fill, reading "
+        "memory for decoding.",
         f"S: 125 M parameters. D: 2.0 G, the layers of Mistral 7B. M: 2.4 G, 2 of 8 experts a token. Pre-fill: one "
         f"prompt of {PROMPT_TOKENS} tokens. Decode: {DECODE_TOKENS} steps after {CONTEXT} tokens. Ratio: above 1, "
         "Maestrale is faster.",
         "",
+        *(circumstances(shape, results) for shape, results in in_order(found)),
+        "",
         "| model | | Maestrale tokens/s | transformers tokens/s | ratio (spread) | share of the limit: ours, theirs |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    for shape, results in found["models"].items():
+    for shape, results in in_order(found):
         for kind, row in results["speed"].items():
             speeds = " | ".join(f"{row[side]['tokens_per_second']:,.1f}" for side in (OURS, THEIRS))
             both = ", ".join(f"{row[side]['share_of_limit']:.0%}" for side in (OURS, THEIRS))
@@ -296,7 +297,7 @@ def table(found: dict[str, Any]) -> str:
         "| model | peak memory, Maestrale | transformers | engine, ms a step at 1, 8, 16 |",
         "|---|---:|---:|---:|",
     ]
-    for shape, results in found["models"].items():
+    for shape, results in in_order(found):
         peaks = " | ".join(f"{results['peak_memory_bytes'][side] / 2**30:.2f} GiB" for side in (OURS, THEIRS))
         engine = [row[OURS]["engine_ms_per_step"] for kind, row in results["speed"].items() if kind != "prefill"]
         lines.append(f"| {shape} | {peaks} | {', '.join(f'{ms:.2f}' for ms in engine)} |")
@@ -306,6 +307,22 @@ def table(found: dict[str, Any]) -> str:
             for side in (OURS, THEIRS)
         ) + "."]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def in_order(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return [(shape, found["models"][shape]) for shape in SHAPES if shape in found["models"]]
+
+
+def circumstances(shape: str, results: dict[str, Any]) -> str:
+    """Where, when and beside what a model was measured."""
+    machine, limits = results["machine"], results["limits"]
+    return (
+        f"- {shape}: {machine['processor']}, {machine['threads']} threads; torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; {results['date']}; {results['repeats']} repeats; load average "
+        f"{machine['load']:.1f} at the start, {machine['load_after']:.1f} at the end; "
+        f"{limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s, "
+        f"{limits['read_bytes_per_second'] / 1e9:.1f} GB/s."
+    )
 
 
 def machine_facts() -> dict[str, Any]:
@@ -320,6 +337,11 @@ def machine_facts() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "load": os.getloadavg()[0],
     }
+
+
+def write(kept: Path, found: dict[str, Any]) -> None:
+    kept.write_text(json.dumps(found, indent=1) + "\n")
+    kept.with_suffix(".md").write_text(table(found))
 
 
 def say(message: str) -> None:
@@ -343,26 +365,20 @@ def main() -> None:
     shapes = ["S", "D", "M"] if chosen.all else chosen.models
     if not shapes and not chosen.start_up:
         parser.error("give --all, --models or --start-up")
-    import torch
-
-    found: dict[str, Any] = {
-        "backend": chosen.backend,
-        "date": time.strftime("%Y-%m-%d"),
-        "repeats": chosen.repeats,
-        "machine": machine_facts(),
-    }
-    say("measuring the machine's limits")
-    found["limits"] = machine_limits(torch.device("cpu"), torch.bfloat16)
-    found["models"] = {}
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    kept = chosen.results / f"{chosen.backend}-vs-transformers.json"
+    found = json.loads(kept.read_text()) if kept.exists() else {"backend": chosen.backend, "models": {}}
     for shape in shapes:
         folders = prepare(shape, chosen.checkpoints)
-        found["models"][shape] = compare(shape, folders, chosen.repeats, found["limits"], chosen.backend)
+        machine = machine_facts()
+        measured = compare(shape, folders, chosen.repeats, chosen.backend)
+        machine["load_after"] = os.getloadavg()[0]
+        measured |= {"machine": machine, "repeats": chosen.repeats, "date": time.strftime("%Y-%m-%d")}
+        found["models"][shape] = measured
+        write(kept, found)
     if chosen.all or chosen.start_up:
         found["start_up"] = start_up(prepare("S", chosen.checkpoints), chosen.repeats, chosen.backend)
-    found["machine"]["load_after"] = os.getloadavg()[0]
-    chosen.results.mkdir(parents=True, exist_ok=True)
-    (chosen.results / f"{chosen.backend}-vs-transformers.json").write_text(json.dumps(found, indent=1) + "\n")
-    (chosen.results / f"{chosen.backend}-vs-transformers.md").write_text(table(found))
+        write(kept, found)
     print(table(found))
     print(json.dumps(found))
 

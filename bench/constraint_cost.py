@@ -106,7 +106,7 @@ def steps(llm: LLM, constraint: Any, tokens: int, batch: int, temperature: float
         )
         for i in range(batch)
     ]
-    Matcher.consume, growth.sample = watch.wrap(consume), watch.wrap(plain)  # type: ignore[method-assign]
+    Matcher.consume, growth.sample = watch.wrap(consume), watch.wrap(plain)
     try:
         while llm.has_work:
             start = time.perf_counter_ns()
@@ -115,7 +115,7 @@ def steps(llm: LLM, constraint: Any, tokens: int, batch: int, temperature: float
                 whole.append((time.perf_counter_ns() - start) / 1000)
                 watch.lap(len(pieces))
     finally:
-        Matcher.consume, growth.sample = consume, plain  # type: ignore[method-assign]
+        Matcher.consume, growth.sample = consume, plain
         for request in requests:
             llm.abort(request)
     return whole[1:], watch.laps[1:]

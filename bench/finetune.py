@@ -153,7 +153,7 @@ def compare(folder: Path, method: str, steps: int) -> dict[str, object]:
             side.step(number, counts=number >= 2)
     result: dict[str, object] = {"method": method}
     for name, side in sides.items():
-        side.process.stdin.close()  # type: ignore[union-attr]
+        side.process.stdin.close()
         side.process.wait()
         speeds = [BATCH * LENGTH / seconds for seconds in side.seconds]
         result |= {f"{name}_tokens_per_s": statistics.median(speeds), f"{name}_peak_bytes": side.peak}

@@ -15,7 +15,7 @@ FLOORS = [
     ("text", "checkpoint", "sampling"),
     ("engine",),
     ("torch_backend", "native_backend", "parallel"),
-    ("launch", "llm", "reader"),
+    ("choices", "launch", "llm", "reader"),
     ("cli", "serve"),
 ]
 FLOOR = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
@@ -59,7 +59,7 @@ def test_no_framework_below_the_backends(module):
     assert not imports(module) & FRAMEWORKS
 
 
-@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in ("cli", "llm", "launch")))
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if part(m) in ("cli", "llm", "launch", "choices")))
 def test_the_command_line_starts_without_a_framework_or_a_backend(module):
     at_top = imports(module, only_at_top=True)
     assert not at_top & FRAMEWORKS

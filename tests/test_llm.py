@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import DENSE, hf_greedy, hf_logits, hf_model, make_folder, native_weights, tokens, write_native, write_tekken
 
-from maestrale import LLM, Completion, SamplingParams, launch
+from maestrale import LLM, Completion, SamplingParams, choices
 from maestrale.errors import CheckpointError, ConfigError, MemoryLimitError, RequestError, UsageError
 
 CONFIG = replace(DENSE, vocab_size=288, sliding_window=(None, None), max_position_embeddings=96)
@@ -247,14 +247,14 @@ def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
 )
 def test_wrong_options_are_refused_in_one_line_before_a_weight_is_read(folder, options, error, words, monkeypatch):
     monkeypatch.setattr("maestrale.checkpoint.reader.Checkpoint.tensor", lambda *_: pytest.fail("read a weight"))
-    monkeypatch.setattr(launch, "available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(choices, "available_memory", lambda: 1 << 30)
     with pytest.raises(error, match=words) as caught:
         LLM(folder, **options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_does_not_fit_the_memory_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(launch, "available_memory", lambda: 1000)
+    monkeypatch.setattr(choices, "available_memory", lambda: 1000)
     with pytest.raises(MemoryLimitError):
         LLM(folder)
 

@@ -372,6 +372,15 @@ def test_the_command_names_a_missing_folder_without_a_traceback(tmp_path):
     assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such folder\n"
 
 
+@pytest.mark.parametrize("package", ["torch", "safetensors", "mistral_common"])
+def test_a_package_that_is_missing_is_named_with_the_remedy(package):
+    program = f"import runpy, sys; sys.modules['{package}'] = None; runpy.run_module('maestrale.one_file')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert package in done.stderr
+    assert "pip install" in done.stderr
+
+
 @pytest.mark.parametrize(("tokenizer", "vocab_size"), [("tokenizer.model.v1", 32000), ("tekken_240911.json", 131072)])
 def test_the_command_prints_prompts_with_their_continuations(tmp_path, capsys, tokenizer, vocab_size):
     params = BASE | {"vocab_size": vocab_size, "dim": 8, "n_layers": 1}

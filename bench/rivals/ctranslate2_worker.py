@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ctranslate2
 from protocol import serve
+from tokenizer_stub import with_tokenizer
 
 COMPUTE = {"int8": "int8_bfloat16", "bf16": "bfloat16"}
 
@@ -29,8 +30,9 @@ class CTranslate2:
     @staticmethod
     def prepare(source: Path, target: Path, weights: str) -> None:
         program = str(Path(sys.executable).with_name("ct2-transformers-converter"))
-        command = [program, "--model", str(source), "--output_dir", str(target), "--quantization", COMPUTE[weights]]
-        subprocess.run(command, check=True)
+        with with_tokenizer(source) as folder:
+            command = [program, "--model", str(folder), "--output_dir", str(target), "--quantization", COMPUTE[weights]]
+            subprocess.run(command, check=True)
 
     def prefill(self, prompt: list[int]) -> None:
         self._end()

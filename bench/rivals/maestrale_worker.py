@@ -7,8 +7,9 @@ from pathlib import Path
 from protocol import serve
 
 from maestrale.checkpoint.quantize import Recipe, quantize
+from maestrale.choices import Options
 from maestrale.engine.request import Request
-from maestrale.launch import Options, launch
+from maestrale.launch import launch
 from maestrale.sampling.params import SamplingParams
 
 

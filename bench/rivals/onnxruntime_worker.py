@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as genai
 from protocol import serve
+from tokenizer_stub import with_tokenizer
 
 
 class OnnxRuntime:
@@ -27,10 +28,11 @@ class OnnxRuntime:
 
     @staticmethod
     def prepare(source: Path, target: Path, weights: str) -> None:
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source), "-o", str(target)]
-        command += ["-p", weights, "-e", "cpu", "-c", str(target) + ".cache", "--extra_options"]
-        command += ["int4_block_size=32", "int4_accuracy_level=4", "int4_is_symmetric=true"]
-        subprocess.run(command, check=True)
+        with with_tokenizer(source) as folder:
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(folder), "-o", str(target)]
+            command += ["-p", weights, "-e", "cpu", "-c", str(target) + ".cache", "--extra_options"]
+            command += ["int4_block_size=32", "int4_accuracy_level=4", "int4_is_symmetric=true"]
+            subprocess.run(command, check=True)
 
     def prefill(self, prompt: list[int]) -> None:
         self._open([prompt], len(prompt) + 1)

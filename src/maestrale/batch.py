@@ -6,7 +6,9 @@ sees (`visible`). They are written with plain operators, so numpy and torch arra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -65,6 +67,31 @@ class Batch:
     logit_rows: NDArray[np.int64]
     experts: bool = False
     adapters: NDArray[np.int64] | None = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What says which tokens are computed and where they lie, in the order above, to `logit_rows`."""
+        return self.token_ids, self.positions, self.starts, self.tables, self.copies, self.logit_rows
+
+
+def read_alone(
+    token_ids: Sequence[int], windows: tuple[int | None, ...], max_chunk: int
+) -> tuple[CacheLayout, list[Batch]]:
+    """A text that is read once: the layout of its own cache, whose rings never wrap; its chunks, all rows wanted."""
+    n, kinds = len(token_ids), len(windows)
+    pages = -(-n // 16)
+    batches = [
+        Batch(
+            token_ids=np.array(token_ids[start:end], np.int64),
+            positions=np.arange(start, end),
+            starts=np.array([0, end - start]),
+            tables=(np.arange(pages)[None],) * kinds,
+            copies=(np.empty((0, 2), np.int64),) * kinds,
+            logit_rows=np.arange(end - start),
+        )
+        for start, end in pairwise([*range(0, n, max_chunk), n])
+    ]
+    return CacheLayout(16, n, max_chunk, windows, (pages,) * kinds, (pages,) * kinds), batches
 
 
 @dataclass(frozen=True)

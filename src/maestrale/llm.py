@@ -11,11 +11,12 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from maestrale.choices import Options
 from maestrale.config import ModelConfig
 from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
-from maestrale.launch import Options, launch
+from maestrale.launch import launch
 from maestrale.sampling.constraint import read_constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.text.tokenizer import Tokenizer

@@ -22,10 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+try:
+    import torch
+    from mistral_common.tokens.tokenizers import sentencepiece, tekken
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from torch import Tensor, nn
+except ImportError as missing:
+    sys.exit(f"error: {missing}; run  pip install torch safetensors 'mistral-common[sentencepiece]'")
 
 DEMO = ["This is a test", "This is another great test", "This is a third test, mistral AI is very good at testing. "]
 WEIGHTS = ["consolidated.safetensors", "consolidated.00.pth"]  # the first one found is read
@@ -106,8 +110,7 @@ class LayerCache:
             more = torch.zeros_like(self.k_SGC)
             self.k_SGC, self.v_SGC = torch.cat([self.k_SGC, more]), torch.cat([self.v_SGC, more])
         slots_T = positions_T % len(self.k_SGC)
-        self.k_SGC[slots_T] = k_TGC
-        self.v_SGC[slots_T] = v_TGC
+        self.k_SGC[slots_T], self.v_SGC[slots_T] = k_TGC, v_TGC
 
     def visible(self, positions_T: Tensor) -> Tensor:
         """Which slots each query sees, bool [T, S]; to be asked once the same positions are written.
@@ -247,8 +250,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, chunk: int) -> Cache:
         """The empty past of a new sequence that will bring at most `chunk` tokens in one step."""
-        dtype = self.tok_embeddings.weight.dtype
-        return Cache([LayerCache(self.params, window, chunk, dtype) for window in self.params.windows], chunk)
+        return Cache([LayerCache(self.params, w, chunk, self.norm.weight.dtype) for w in self.params.windows], chunk)
 
     def forward(self, token_ids: Tensor, cache: Cache) -> Tensor:
         """The sequence's next tokens, int64 [T], T <= cache.chunk → what should follow each, float32 logits [T, V]."""
@@ -310,8 +312,6 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Transf
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     """mistral-common's tokenizer for tekken.json, or else for the newest tokenizer.model*. Raises Mistake."""
-    from mistral_common.tokens.tokenizers import sentencepiece, tekken  # here, because it is slow to import
-
     files = [*folder.glob("tekken.json"), *sorted(folder.glob("tokenizer.model*"), reverse=True)]
     if not files:
         raise Mistake(f"{folder}: no tokenizer in it; expected tekken.json or tokenizer.model")

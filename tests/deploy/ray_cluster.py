@@ -16,9 +16,8 @@ from ray.cluster_utils import Cluster
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from deploy import ray_serve
 
-PROMPTS = [
-    f"{name} went into the wood, and there " for name in ("Ann", "Ben", "Cid", "Dot", "Eve", "Fay", "Gus", "Hal")
-]
+NAMES = ("Ann", "Ben", "Cid", "Dot", "Eve", "Fay", "Gus", "Hal")
+PROMPTS = [f"{name} went into the wood, and there " * 8 for name in NAMES]  # longer than what says where they go
 LENGTH = 1200  # tokens: enough for some seconds
 
 
@@ -101,6 +100,7 @@ async def load(url: str, folder: str) -> dict:
 
 
 def main(folder: str, python: str) -> None:
+    assert all(len(prompt) > ray_serve.BEGINNING for prompt in PROMPTS)
     small = {"object_store_memory": 100 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 3, **small})
     cluster.add_node(num_cpus=2, object_store_memory=100 << 20)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from tiny import DENSE, MIXTURE, TIED, make_folder, tokens
 
-from maestrale import LLM, launch
+from maestrale import LLM, choices, launch
 from maestrale.batch import CacheLayout
 from maestrale.checkpoint.gguf_writer import convert_to_gguf
 from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.reader import open_checkpoint
+from maestrale.choices import Options, cache_element, nearest_rounding
 from maestrale.engine.layout import sequence_bytes
 from maestrale.errors import UsageError
-from maestrale.launch import Options, cache_element, nearest_rounding
 from maestrale.native_backend.load import make_model
 
 WIDE = {
@@ -86,7 +86,7 @@ def test_weights_are_what_torch_reads_from_the_same_file(stored, tmp_path):
     ],
 )
 def test_auto_takes_native_but_for_what_torch_alone_can_do(options, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "_may_have_gpu", lambda: False)
+    monkeypatch.setattr(choices, "_may_have_gpu", lambda: False)
     made = launch.launch(make_folder(tmp_path, WIDE["dense"]), Options(max_len=32, **options))
     assert (made.backend, made.device, made.dtype) == expected
 
@@ -137,6 +137,6 @@ def test_an_instruction_set_that_is_not_there_is_refused(tmp_path, monkeypatch):
 def test_without_kernels_and_without_torch_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("maestrale.native_backend.kernels.native", None)
     monkeypatch.setattr("maestrale.native_backend.kernels._why", "nothing there", raising=False)
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(choices, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"kernels are not built .*; or run  pip install 'maestrale\[torch\]'"):
         launch.launch(make_folder(tmp_path, DENSE), Options(max_len=32))

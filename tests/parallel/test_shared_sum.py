@@ -30,7 +30,7 @@ def opened(rank, ranks, name, together, timeout=60):
     return link
 
 
-def add_up(rank, ranks, name, together, answers):
+def add_up(rank, ranks, name, together, answer):
     torch.set_num_threads(1)
     link = opened(rank, ranks, name, together)
     sums = []
@@ -39,20 +39,20 @@ def add_up(rank, ranks, name, together, answers):
         sums.append(link(summand(rank, number, dtype)).float().numpy())
         if (number + rank) % 5 == 0:
             time.sleep(0.003)  # each is late at times
-    answers.put((rank, sums))
+    answer.send(sums)
 
 
-def die(rank, ranks, name, together, answers):
+def die(rank, ranks, name, together, answer):
     link = opened(rank, ranks, name, together, timeout=3)
     link(torch.ones(5))
     if rank == 1:
-        answers.put(os.getpid())
+        answer.send("ready")
         time.sleep(60)
     begun = time.monotonic()
     try:
         link(torch.ones(5))
     except RuntimeError as error:
-        answers.put((str(error), time.monotonic() - begun))
+        answer.send((str(error), time.monotonic() - begun))
 
 
 @pytest.fixture
@@ -63,19 +63,29 @@ def name(tmp_path):
 
 
 def start(work, ranks, name):
+    """The processes, and a pipe from each: of one queue, a process that is killed could keep the lock."""
     context = multiprocessing.get_context("spawn")
-    answers, together = context.Queue(), context.Barrier(ranks)
-    processes = [context.Process(target=work, args=(rank, ranks, name, together, answers)) for rank in range(ranks)]
+    together = context.Barrier(ranks)
+    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    processes = [
+        context.Process(target=work, args=(rank, ranks, name, together, answer))
+        for rank, (_, answer) in enumerate(pipes)
+    ]
     for process in processes:
         process.start()
-    return processes, answers, together  # the barrier is theirs as long as it is ours
+    return processes, [ours for ours, _ in pipes], together  # the barrier is theirs as long as it is ours
+
+
+def received(pipe, seconds):
+    assert pipe.poll(seconds), f"nothing came within {seconds} s"
+    return pipe.recv()
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_all_ranks_get_the_bits_of_a_sum_in_their_order(ranks, name):
-    processes, answers, _together = start(add_up, ranks, name)
+    processes, pipes, _together = start(add_up, ranks, name)
     try:
-        sums = dict(answers.get(timeout=120) for _ in processes)
+        sums = [received(pipe, 120) for pipe in pipes]
     finally:
         for process in processes:
             process.kill()
@@ -91,10 +101,11 @@ def test_all_ranks_get_the_bits_of_a_sum_in_their_order(ranks, name):
 
 @pytest.mark.parametrize(("how", "words", "longest"), [(signal.SIGKILL, "let go", 2), (signal.SIGSTOP, "timed out", 6)])
 def test_a_rank_that_dies_or_hangs_is_told_of_and_not_waited_for(how, words, longest, name):
-    processes, answers, _together = start(die, 2, name)
+    processes, pipes, _together = start(die, 2, name)
     try:
-        os.kill(answers.get(timeout=120), how)
-        error, seconds = answers.get(timeout=30)
+        received(pipes[1], 120)
+        os.kill(processes[1].pid, how)
+        error, seconds = received(pipes[0], 30)
         assert words in error
         assert "shard 1" in error
         assert seconds < longest

@@ -137,13 +137,13 @@ def _bundles(verb: Callable[..., None]) -> Iterator[_Bundle]:
     hints = get_type_hints(verb, include_extras=True)
     for name, parameter in signature(verb).parameters.items():
         kind = hints[name]
-        if not is_dataclass(kind):
+        if not (isinstance(kind, type) and is_dataclass(kind)):
             default = MISSING if parameter.default is Parameter.empty else parameter.default
             yield _Bundle(name, None, ((name, kind, default),))
             continue
         of_fields = get_type_hints(kind, include_extras=True)
         parts = tuple((field.name, of_fields[field.name], field.default) for field in fields(kind))
-        yield _Bundle(name, kind, parts)  # type: ignore[arg-type]
+        yield _Bundle(name, kind, parts)
 
 
 def _plain(kind: Any) -> tuple[Any, bool]:

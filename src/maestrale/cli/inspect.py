@@ -84,7 +84,7 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str,
     length does, which windows in all layers make possible.
     """
     from maestrale.checkpoint.dtypes import byte_count
-    from maestrale.launch import cache_element, kernels_here, longest_context
+    from maestrale.choices import cache_element, kernels_here, longest_context
     from maestrale.memory import available_memory, cache_budget
     from maestrale.plan import cache_bytes, count_parameters
 

@@ -43,7 +43,8 @@ def quantize(
     """
     from maestrale.checkpoint import quantize as quantization
     from maestrale.checkpoint.reader import open_checkpoint
-    from maestrale.launch import model_folder, nearest_rounding
+    from maestrale.choices import nearest_rounding
+    from maestrale.launch import model_folder
     from maestrale.plan import count_parameters
     from maestrale.text.tokenizer import is_tokenizer_file
 

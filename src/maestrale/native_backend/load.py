@@ -51,13 +51,14 @@ def load_model(
     total = sum(name.startswith(mine) for name in checkpoint.names()) + first + 2 * last
     load = _Loader(checkpoint, weights, threads, total, progress)
     rows = load.embeddings(cache != "f32") if first else None
+    # The head first: it is the largest, and while it is packed it is there twice.
+    head = load.linear("tok_embeddings.weight" if config.tied_embeddings else "output.weight") if last else None
     loaded = [load.layer(i) for i in layers]
     body = Body(config, layers, rows, loaded, options)
     body.fill(model, layout)
-    if last:
-        head = "tok_embeddings.weight" if config.tied_embeddings else "output.weight"
+    if head is not None:
         body.norm = load.vector("norm.weight")
-        model.set_head(body.norm, kernels.weight(load.linear(head)))
+        model.set_head(body.norm, kernels.weight(head))
     checkpoint.verify_unchanged()
     return model, body
 

@@ -6,12 +6,10 @@ import os
 
 import numpy as np
 
-from maestrale.checkpoint.dtypes import StoredTensor
+from maestrale.checkpoint.dtypes import STORAGE, StoredTensor
 from maestrale.checkpoint.packed import PackedWeight, part_layout
 from maestrale.errors import CheckpointError
 from maestrale.native_backend import kernels
-
-_DTYPES = {"U8": np.uint8, "I8": np.int8, "F16": np.float16, "F32": np.float32, "I32": np.int32}
 
 
 def round_to_nearest(
@@ -25,7 +23,7 @@ def round_to_nearest(
     n, k = tensor.shape
     group = group if format == "int4" else 0
     parts = {
-        part: np.empty(shape, _DTYPES[dtype]) for part, (dtype, shape) in part_layout(format, (n, k), group).items()
+        part: np.empty(shape, STORAGE[dtype]) for part, (dtype, shape) in part_layout(format, (n, k), group).items()
     }
     scales = {"scales": parts["scales"].view(np.uint16)} if group else {"row_scales": parts["scales"]}
     if not kernels.native.round(

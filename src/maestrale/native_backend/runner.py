@@ -38,16 +38,7 @@ class NativeRunner:
             logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
             if moe is not None:
                 experts = np.empty((self._config.n_layers, len(batch.token_ids), moe.num_experts_per_tok), np.int16)
-            self.model.step(
-                batch.token_ids,
-                batch.positions,
-                batch.starts,
-                batch.tables,
-                batch.copies,
-                batch.logit_rows,
-                logits=logits,
-                chosen=experts,
-            )
+            self.model.step(*batch.arrays, logits=logits, chosen=experts)
         return StepOutput(logits, None if experts is None else experts[:, batch.logit_rows].swapaxes(0, 1))
 
     def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:

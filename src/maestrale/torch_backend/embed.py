@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from maestrale.batch import Batch, CacheLayout
+from maestrale.batch import Batch, read_alone
 from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.model import Transformer
 
@@ -23,31 +22,20 @@ def embed(
 ) -> Iterator[NDArray[np.float32] | None]:
     """Float32 [dim] at the end; before, None after each chunk, so that the caller may do something else in between.
 
-    begin: called with each chunk before the model is. The keys and values lie in a cache of their own, whose rings
-    never wrap, and are gone with it.
+    begin: called with each chunk before the model is.
     """
-    n, weight = len(token_ids), model.norm.weight
-    windows = model.config.windows
-    pages = -(-n // 16)
-    layout = CacheLayout(16, n, max_chunk, windows, (pages,) * len(windows), (pages,) * len(windows))
+    weight = model.norm.weight
+    layout, batches = read_alone(token_ids, model.config.windows, max_chunk)
     with torch.inference_mode():
         cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
         total_D = torch.zeros(model.config.dim, device=weight.device)
-    for start, end in pairwise([*range(0, n, max_chunk), n]):
-        batch = Batch(
-            token_ids=np.array(token_ids[start:end], np.int64),
-            positions=np.arange(start, end),
-            starts=np.array([0, end - start]),
-            tables=(np.arange(pages)[None],) * len(windows),
-            copies=(np.empty((0, 2), np.int64),) * len(windows),
-            logit_rows=np.arange(end - start),
-        )
+    for number, batch in enumerate(batches):
+        if number:
+            yield None
         begin(batch)
         with torch.inference_mode():
             tokens_T, positions_T = (
                 torch.from_numpy(array).to(weight.device) for array in (batch.token_ids, batch.positions)
             )
             total_D += model.hidden_states(tokens_T, positions_T, cache.begin(batch)).float().sum(0)
-        if end < n:
-            yield None
-    yield (total_D / n).cpu().numpy()
+    yield (total_D / len(token_ids)).cpu().numpy()

@@ -16,6 +16,7 @@ from maestrale.checkpoint.adapter import Adapter
 from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.memory import keep_freed_memory
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.embed import embed
@@ -107,6 +108,7 @@ def open_runner(
         from maestrale.torch_backend.triton.packed import from_packed  # slow to import, and not everywhere
 
         keep = partial(from_packed, device=place, dtype=DTYPES[dtype])
+    keep_freed_memory()
     model = load_model(checkpoint, DTYPES[dtype], place, progress, keep)
     if fp8:
         from maestrale.torch_backend.triton.packed import round_linears
