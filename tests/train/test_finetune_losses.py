@@ -21,7 +21,7 @@ from maestrale.torch_backend.train.finetune import prepare
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
 from maestrale.torch_backend.train.objective import Classes, Language, Preferences
 from maestrale.torch_backend.train.packing import batch_rows, pack_samples
-from maestrale.torch_backend.train.step import learn, learning_rate, new_optimizer
+from maestrale.torch_backend.train.step import keep_less, learn, learning_rate, new_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
 STEPS = 20
@@ -175,30 +175,29 @@ def test_a_classifiers_scores_and_steps_are_those_of_transformers(tmp_path):
     np.testing.assert_allclose(our_steps(model, made, objective), expected, atol=1e-4)
 
 
-def test_gradient_checkpointing_changes_no_number(tmp_path):
-    from maestrale.torch_backend.train.step import checkpoint_blocks
-
+def test_what_is_computed_again_for_the_gradient_changes_no_number(tmp_path):
     packed, _ = pack_samples([sample(20, seed=i) for i in range(6)], 32)
     found = []
-    for checkpointing in (False, True):
-        made = settings(method="full", steps=4, balance=0.1, router_z=0.01)
-        model = build(MIXTURE, made, tmp_path / str(checkpointing))
-        if checkpointing:
-            checkpoint_blocks(model)
+    for again in (None, False, True):
+        made = settings(method="full", steps=4, balance=0.1, router_z=0.01, checkpointing=bool(again))
+        model = build(MIXTURE, made, tmp_path / str(again))
+        if again is not None:
+            keep_less(model, made)
         found.append(our_steps(model, made, Language(packed)))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
-def test_the_head_in_blocks_gives_the_loss_and_gradients_of_all_rows_at_once(monkeypatch):
-    monkeypatch.setattr(losses, "_HEAD_BYTES", 4 * 50 * 7)  # seven rows a block
+@pytest.mark.parametrize(("rows", "learns"), [(40, True), (90, True), (90, False)], ids=["few", "many", "frozen"])
+def test_the_head_in_blocks_gives_the_loss_and_gradients_of_all_rows_at_once(rows, learns, monkeypatch):
+    monkeypatch.setattr(losses, "_HEAD_BYTES", 4 * 50 * 7)  # seven rows a block; a head of 16 inputs keeps 32 rows
     draw = torch.Generator().manual_seed(0)
-    head = torch.nn.Linear(16, 50, bias=False)
-    labels = torch.randint(0, 50, (40,), generator=draw)
+    head = torch.nn.Linear(16, 50, bias=False).requires_grad_(learns)
+    labels = torch.randint(0, 50, (rows,), generator=draw)
     labels[::3] = losses.IGNORED
-    weights = torch.rand(40, generator=draw)
+    weights = torch.rand(rows, generator=draw)
     grads = []
     for blocks in (True, False):
-        x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = torch.randn(rows, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
         head.zero_grad()
         if blocks:
             each = losses.token_losses(x, head, labels)
@@ -206,7 +205,7 @@ def test_the_head_in_blocks_gives_the_loss_and_gradients_of_all_rows_at_once(mon
         else:
             each = cross_entropy(head(x), labels, reduction="none", ignore_index=losses.IGNORED)
         (each * weights).sum().backward()
-        grads.append((each.detach(), x.grad, head.weight.grad.clone()))
+        grads.append((each.detach(), x.grad, head.weight.grad.clone() if learns else torch.zeros(1)))
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected)
 

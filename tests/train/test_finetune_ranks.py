@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from tiny import MIXTURE, make_folder, write_tekken
+from tiny import MIXTURE, WINDOWED, make_folder, write_tekken
 
 from maestrale.torch_backend.train.finetune import finetune
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
@@ -46,7 +46,9 @@ def torchrun(script, settings, at, how) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize(("method", "config"), [("full", MIXTURE)], ids=["full-mixture"])
+@pytest.mark.parametrize(
+    ("method", "config"), [("full", MIXTURE), ("lora", WINDOWED)], ids=["full-mixture", "lora-windowed"]
+)
 def test_two_ranks_have_the_losses_and_weights_of_one(method, config, tmp_path):
     folder = make_folder(tmp_path / "model", replace(config, vocab_size=288))
     write_tekken(folder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from dataclasses import replace
 
@@ -131,6 +133,43 @@ def test_parquet_rows_train_as_json_lines_do(made, tmp_path):
     expected = adapter_arrays(tmp_path / "out")
     for name, array in adapter_arrays(tmp_path / "again").items():
         np.testing.assert_array_equal(array, expected[name])
+
+
+def test_tensorboard_gets_every_number_of_the_log(made, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed: the extra of that name")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    finetune(made(steps=4, tensorboard=True))
+    board = EventAccumulator(str(tmp_path / "out.run/tensorboard"))
+    board.Reload()
+    lines = read_log(tmp_path / "out.run/log.jsonl")
+    for name in ("loss", "lr", "gradient_norm", "heldout_nats_per_token"):
+        logged = [(line["step"], line[name]) for line in lines if name in line]
+        assert logged
+        shown = [(event.step, event.value) for event in board.Scalars(name)]
+        assert shown == [(step, pytest.approx(value, rel=1e-5)) for step, value in logged]
+
+
+def test_tensorboard_that_is_not_installed_is_asked_for(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UsageError, match=r"pip install 'maestrale\[tensorboard\]'"):
+        finetune(made(steps=1, tensorboard=True))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports from torch itself
+@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(made, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler: g++ is not installed")
+    found = []
+    for compiled in (False, True):
+        out = tmp_path / f"compiled-{compiled}"
+        finetune(made(out=str(out), compile=compiled, bf16=False, steps=3))
+        found.append(
+            [line["loss"] for line in read_log(out.with_name(out.name + ".run") / "log.jsonl") if "loss" in line]
+        )
+    assert len(found[0]) == 3
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
 
 
 def test_what_a_model_said_again_is_unlearnt(made, tmp_path):

@@ -51,6 +51,11 @@ def test_the_folder_that_training_writes_opens_and_learnt(settings, model):
     log = read_log(run.Path(made.out + ".run") / "log.jsonl")
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 41))
     assert [line["step"] for line in log if "heldout_nats_per_token" in line] == [10, 20, 30, 40]
+    loads = [line["expert_load"] for line in log if "expert_load" in line]
+    assert len(loads) == (40 if model.moe else 0)
+    for shares in loads:  # of two layers, each over four experts
+        assert [len(layer) for layer in shares] == [4, 4]
+        np.testing.assert_allclose(np.sum(shares, axis=1), 1, atol=1e-3)
     assert (run.Path(made.out + ".run") / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"{result.nats_per_token:.4f} nats per token" in (run.Path(made.out) / "README.md").read_text()
 

@@ -106,9 +106,14 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+        self.gated = gated
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.w2(silu(self.w1(x_TD)) * self.w3(x_TD))
+        return self.w2(self.gated(self.w1(x_TD), self.w3(x_TD)))
+
+
+def gated(a_TF: torch.Tensor, b_TF: torch.Tensor) -> torch.Tensor:
+    return silu(a_TF) * b_TF
 
 
 class RMSNorm(nn.Module):

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -235,4 +236,4 @@ def _tensors(
             return adapter.merge(name, checkpoint.tensor(name), "F32")
         return StoredTensor.from_array(whole[name].numpy(), "F32") if name in whole else checkpoint.tensor(name)
 
-    return {name: (lambda name=name: made(name)) for name in checkpoint.names()}  # type: ignore[misc]
+    return {name: partial(made, name) for name in checkpoint.names()}

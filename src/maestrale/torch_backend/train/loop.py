@@ -76,8 +76,7 @@ class Run:
         leaves with 130 or 143.
         """
         settings = self.settings
-        if settings.checkpointing:
-            steps.checkpoint_blocks(model)
+        steps.keep_less(model, settings)
         optimizer = steps.new_optimizer(model, settings)
         digest = objective.digest()
         done = Progress(step=0, data=digest, seconds=0.0)

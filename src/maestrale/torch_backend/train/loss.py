@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import one_hot
 from torch.utils.checkpoint import checkpoint
 
 from maestrale.batch import visible
@@ -46,8 +46,6 @@ def packed_attend(documents_BL: torch.Tensor, windows: tuple[int | None, ...]) -
 
     def attend(layer: int, q_THC: torch.Tensor, k_TGC: torch.Tensor, v_TGC: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.unflatten(0, (B, L)).transpose(1, 2) for x in (q_THC, k_TGC, v_TGC))
-        shared = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
         window, mask = windows[layer], masks[windows[layer]]
         blocks = []
         for start in range(0, L, _BLOCK):
@@ -65,6 +63,8 @@ def packed_attend(documents_BL: torch.Tensor, windows: tuple[int | None, ...]) -
 
 
 def _attend_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
     scores = (q @ k.mT).float() * q.shape[-1] ** -0.5  # N6
     weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)  # N7
     return weights.to(v.dtype) @ v
@@ -89,7 +89,7 @@ def packed_loss(
     return (token_losses(x_TD, model.output, labels_BL.flatten()) * weights.flatten()).sum()
 
 
-def token_losses(x_TD: torch.Tensor, head: nn.Module, labels_T: torch.Tensor) -> torch.Tensor:
+def token_losses(x_TD: torch.Tensor, head: nn.Linear, labels_T: torch.Tensor) -> torch.Tensor:
     """-log p(label) of each row, fp32 [T], 0 where there is no label; never with all rows' logits at once.
 
     Rows without a label do not go through the head at all.
@@ -101,40 +101,74 @@ def token_losses(x_TD: torch.Tensor, head: nn.Module, labels_T: torch.Tensor) ->
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Head and cross entropy, block of rows by block. The backward pass computes a block's logits once more, so that
-    no more than one block's are ever kept."""
+    """Head and cross entropy, without all rows' logits in fp32.
+
+    A frozen head's gradient is found on the way, block of rows by block. Where the head learns, how much each row
+    counts must be known first: its logits are kept as they are if they are few, and else computed once more.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: torch.Tensor, labels_N: torch.Tensor, head: nn.Module, *parameters: torch.Tensor
+        ctx: Any, x_ND: torch.Tensor, labels_N: torch.Tensor, head: nn.Linear, *parameters: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_ND, labels_N, *parameters)
-        ctx.head, ctx.autocast = head, torch.is_autocast_enabled(x_ND.device.type)
-        losses = [_block_losses(head, x_ND[block], labels_N[block]) for block in _blocks(head, x_ND)]
-        return torch.cat(losses) if losses else x_ND.new_zeros(0, dtype=torch.float32)
+        # A head that learns costs a gradient for each part, as large in fp32 as twice as many rows as inputs in bf16.
+        size = max(_rows(head.out_features), 2 * x_ND.shape[1] if parameters else 0)
+        ctx.parts = [slice(start, start + size) for start in range(0, len(x_ND), size)]
+        ctx.head, ctx.autocast, ctx.known = head, torch.is_autocast_enabled(x_ND.device.type), None
+        at_once = x_ND.requires_grad and not parameters
+        kept = torch.empty_like(x_ND) if at_once else x_ND
+        losses_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
+        for part in ctx.parts:
+            x, logits_NV = _logits(head, x_ND[part])
+            losses_N[part] = _losses(logits_NV.detach(), labels_N[part], to_gradient=at_once)
+            if at_once:
+                (kept[part],) = torch.autograd.grad(logits_NV, x, logits_NV.detach())
+            elif parameters and len(ctx.parts) == 1:
+                ctx.known = x, logits_NV
+        ctx.save_for_backward(kept, labels_N, *parameters)
+        return losses_N
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_ND, labels_N, *parameters = ctx.saved_tensors
-        grad_x = torch.zeros_like(x_ND)
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        for block in _blocks(ctx.head, x_ND):
-            with torch.enable_grad(), torch.autocast(x_ND.device.type, torch.bfloat16, enabled=ctx.autocast):
-                x = x_ND[block].detach().requires_grad_()
-                losses = _block_losses(ctx.head, x, labels_N[block])
-            grad_x[block], *found = torch.autograd.grad(losses, [x, *parameters], grads[0][block])
-            for total, grad in zip(sums, found, strict=True):
-                total += grad
-        return grad_x, None, None, *sums
+        kept, labels_N, *parameters = ctx.saved_tensors
+        weight_N1 = grads[0].unsqueeze(1)
+        if not parameters:
+            return (kept * weight_N1).to(kept.dtype), None, None
+        grad_x, sums = torch.empty_like(kept), list[torch.Tensor]()
+        with torch.autocast(kept.device.type, torch.bfloat16, enabled=ctx.autocast):  # one cast of the weight for all
+            for part in ctx.parts:
+                x, logits_NV = ctx.known or _logits(ctx.head, kept[part])
+                _losses(logits_NV.detach(), labels_N[part], to_gradient=True, weight_N1=weight_N1[part])
+                grad_x[part], *found = torch.autograd.grad(logits_NV, [x, *parameters], logits_NV.detach())
+                sums = [total.add_(grad) for total, grad in zip(sums, found, strict=True)] if sums else found
+        ctx.known = None
+        return grad_x, None, None, *(sums or map(torch.zeros_like, parameters))
 
 
-def _block_losses(head: nn.Module, x_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(head(x_ND).float(), labels_N, reduction="none")  # N8: logits in fp32
+def _logits(head: nn.Linear, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, its logits), from which gradients towards x and the head can be had."""
+    with torch.enable_grad():
+        x_ND = x_ND.detach().requires_grad_()
+        return x_ND, head(x_ND)
 
 
-def _blocks(head: nn.Module, x_ND: torch.Tensor) -> list[slice]:
-    size = max(1, _HEAD_BYTES // (4 * int(head.out_features)))  # type: ignore[arg-type]
-    return [slice(start, start + size) for start in range(0, len(x_ND), size)]
+def _losses(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, to_gradient: bool, weight_N1: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Losses [N]; if `to_gradient`, the logits become the gradient of their sum, each times its weight, in place."""
+    losses_N, size = logits_NV.new_empty(len(logits_NV), dtype=torch.float32), _rows(logits_NV.shape[1])
+    for start in range(0, len(logits_NV), size):
+        rows = slice(start, start + size)
+        p_NV = torch.log_softmax(logits_NV[rows], dim=-1, dtype=torch.float32)  # N8: logits in fp32
+        losses_N[rows] = -p_NV.gather(1, labels_N[rows].unsqueeze(1)).squeeze(1)
+        if to_gradient:
+            p_NV.exp_()[torch.arange(len(p_NV)), labels_N[rows]] -= 1
+            logits_NV[rows] = p_NV if weight_N1 is None else p_NV.mul_(weight_N1[rows])
+    return losses_N
+
+
+def _rows(n_logits: int) -> int:
+    return max(1, _HEAD_BYTES // (4 * n_logits))
 
 
 @contextmanager

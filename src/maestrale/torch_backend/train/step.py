@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -35,14 +36,8 @@ def new_model(config: ModelConfig, seed: int) -> Transformer:
 
 
 def new_optimizer(model: nn.Module, settings: LoopSettings) -> torch.optim.AdamW:
-    """Of all that can learn: matrices decay, vectors (the norms' weights, a DoRA's magnitudes) do not.
-
-    Every parameter has a gradient from the start: an expert that no token chose in a step takes part with zeros, so
-    all parameters count the same steps.
-    """
+    """Of all that can learn: matrices decay, vectors (the norms' weights, a DoRA's magnitudes) do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
@@ -62,10 +57,25 @@ def learning_rate(settings: LoopSettings, step: int) -> float:
     return settings.lr * (end + (1 - end) * left)
 
 
-def checkpoint_blocks(model: Transformer) -> None:
-    """Keeps what stands between blocks only; what is inside is computed again for the gradient."""
-    for block in model.layers:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+def keep_less(model: Transformer, settings: LoopSettings) -> None:
+    """In place: what a norm or a gate works out in between is not kept for the gradient but computed again, which
+    takes no time to speak of; with `checkpointing`, nothing inside a block is kept. Compiled parts see to that alone.
+    """
+    again = functools.partial(functools.partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for module in model.modules():
+        if isinstance(module, RMSNorm) and not settings.compile:
+            module.forward = again(functools.partial(_as_read, module.forward))  # type: ignore[method-assign]  # from outside: the model has no mode
+        elif isinstance(module, FeedForward) and not settings.compile:
+            module.gated = again(module.gated)
+        elif isinstance(module, Block) and settings.checkpointing:
+            module.forward = again(module.forward)  # type: ignore[method-assign]
+
+
+def _as_read(norm: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
+    """The norm in the dtype of the products that read it: each would make and keep a copy of its own."""
+    y_TD = norm(x_TD)
+    device = x_TD.device.type
+    return y_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else y_TD
 
 
 def compile_parts(model: Transformer) -> None:
@@ -123,12 +133,15 @@ def learn(
             loss = loss + aside / (len(micro_batches) * ranks.size)
             loads = loads + chosen.cpu()
         (loss * ranks.size).backward()  # ranks average their gradients; the loss is their sum
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:  # of an expert that no token chose: it takes part, so
+            parameter.grad = torch.zeros_like(parameter)  # that all count the same steps
     norm = ranks.clip_gradients(model, settings.grad_clip)
     total, loads = ranks.sum(total), ranks.sum(loads) if moe is not None else loads
     step = Step(total.item(), norm, loads / loads.sum(-1, keepdim=True) if moe is not None else None)
     if step.finite:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()  # gone, not zero: no memory is held for them while the next step's forward pass fills it
     return step
 
 
