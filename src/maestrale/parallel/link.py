@@ -1,4 +1,4 @@
-"""The links between ranks: torch.distributed (gloo) where all meet, connections.py from one to another, and memory that
+"""The links between ranks: torch.distributed (gloo, NCCL on GPUs) where all meet, connections.py from one to another, and memory that
 the shards of one host share for their sums.
 """
 
@@ -53,8 +53,9 @@ class Link:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
             # The store outlives a restart by torchrun, and links of before: their addresses would be found in it.
             own = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_numbers)}", store)
+            backends = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"  # a tensor's device says which
             dist.init_process_group(
-                "gloo", store=own, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout)
+                backends, store=own, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout)
             )
             self._loading = dist.new_group(timeout=_FOREVER)
             stages = [list(range(s * mesh.tensor, (s + 1) * mesh.tensor)) for s in range(mesh.pipeline)]
