@@ -1,5 +1,5 @@
-"""The links between ranks: torch.distributed where all meet (gloo; on GPUs NCCL), connections.py from one to another, and
-memory that the shards of one host share for their sums.
+"""The links between ranks: torch.distributed where all meet (gloo; on GPUs NCCL), connections.py from one to another,
+and memory that the shards of one host share for their sums.
 """
 
 from __future__ import annotations
