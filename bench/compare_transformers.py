@@ -32,11 +32,11 @@ from maestrale.cli.bench import (
     CONTEXT,
     Stand,
     machine_limits,
-    peak_memory,
     prefill_operations,
     prompt,
     step_bytes,
 )
+from maestrale.memory import peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT_TOKENS, DECODE_TOKENS, BATCHES = 512, 32, (1, 8, 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
@@ -82,8 +82,6 @@ def launch(
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     check_options(options)
     link = _link(options)
-    if link is not None and options.adapters:
-        raise UsageError("adapters do not run over several ranks: merge the adapter into its model first")
     if link is not None and options.weights == "fp8":
         raise UsageError("weights fp8 do not run over several ranks: start a single process")
     if link is not None and options.output != "logits":
@@ -99,7 +97,7 @@ def launch(
                 "backend native: adapters, classes, hidden states and --tensor-parallel need backend torch"
             )
         backend, device = choose_backend(replace(options, backend="torch") if only_torch else options)
-        adapters, classifier = _additions(options, checkpoint)
+        adapters, classifier = together(lambda: _additions(options, checkpoint))
         dtype, weights = choose_formats(options, backend, checkpoint)
         stages = 1 if link is None else link.mesh.pipeline
         max_chunk = default_chunk(device, stages) if options.max_batch_tokens is None else options.max_batch_tokens
@@ -127,7 +125,7 @@ def launch(
         runner: Runner
         if link is not None:
             runner = _open_ranks(
-                checkpoint, link, options, backend, device, dtype, weights, tensor_bytes, layout_for, progress
+                checkpoint, link, options, backend, device, dtype, weights, tensor_bytes, layout_for, progress, adapters
             )
         elif backend == "native":
             from maestrale.native_backend.runner import choose_threads
@@ -191,6 +189,7 @@ def _open_ranks(
     tensor_bytes: Mapping[str, float],
     layout_for: Callable[[int], CacheLayout],
     progress: Callable[[int, int], None],
+    adapters: Sequence[Adapter],
 ) -> Runner:
     """Returns on rank 0 only."""
     from maestrale.parallel.runner import Stage, open_ranks
@@ -208,7 +207,7 @@ def _open_ranks(
         from maestrale.torch_backend.stage import open_stage as open_torch
 
         here = f"cuda:{link.local_rank}" if device == "cuda" else device
-        return open_torch(checkpoint, shard, layout, dtype, here, link.sum_stage, show)
+        return open_torch(checkpoint, shard, layout, dtype, here, link.sum_stage, show, adapters)
 
     runner = open_ranks(shard, link, shard.bytes(tensor_bytes), layout_for, open_stage)
     atexit.register(runner.close)
@@ -230,7 +229,8 @@ def _link(options: Options) -> Link | None:
                 f"torchrun --nproc-per-node {count} -m maestrale …"
             )
         return None
-    from maestrale.parallel.link import Link, world
+    from maestrale.parallel.launcher import world
+    from maestrale.parallel.link import Link
 
     size = world()[1]
     tensor = options.tensor_parallel or (
@@ -239,7 +239,8 @@ def _link(options: Options) -> Link | None:
     mesh = Mesh(options.num_pipeline_ranks or max(1, size // tensor), tensor, options.expert_parallel)
     if mesh.size != size:
         raise UsageError(
-            f"{mesh.pipeline} pipeline ranks of {mesh.tensor} shards are {mesh.size} processes; {size} were started"
+            f"{mesh.pipeline} pipeline ranks of {mesh.tensor} shards are {mesh.size} processes; {size} were started: "
+            f"start with  torchrun --nproc-per-node {mesh.size}"
         )
     return Link(mesh, options.distributed_timeout) if size > 1 else None
 

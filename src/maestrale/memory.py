@@ -1,28 +1,13 @@
-"""How much memory this process may still take, and how much of it is for the cache."""
+"""How much memory this process may still take and has taken, how much is for the cache, and what of it goes back."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 
 _CACHE_SHARE = 0.5  # of the memory that is left beside the weights; the rest is for activations and other programs
-
-
-_KEPT = 128 << 20  # bytes of freed memory that stay with the process
-_MAPPED = 32 << 20  # bytes from which an allocation is mapped by itself; glibc takes no more than this
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """glibc returns what is freed to the system, which zeroes it page by page when the next step asks for it again: a
-    fifth of the torch backend's time for 512 tokens of a 125 M model. Up to 128 MiB stay. Other C libraries: nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, TypeError, AttributeError):  # Windows, macOS
-        return
-    mallopt(_M_TRIM_THRESHOLD, _KEPT)
-    mallopt(_M_MMAP_THRESHOLD, _MAPPED)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 def give_back_memory() -> None:
@@ -60,3 +45,44 @@ def available_memory() -> int:
         return system
     used -= int(usage["active_file"]) + int(usage["inactive_file"])  # cached files give way
     return min(system, max(int(limit) - used, 0))
+
+
+def peak_memory() -> int:
+    """The most bytes of main memory that this process has held at once so far, mapped weights included."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource  # which Windows does not have
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))  # not its launcher's
+
+
+def keep_freed_memory() -> None:
+    """For steps that ask for the same arrays again and again: glibc would hand them back, and the system zeroes them
+    page by page when they are asked for; a fifth of the torch backend's time for 512 tokens of a 125 M model."""
+    set_allocator(kept=128 << 20, mapped=32 << 20)
+
+
+def set_allocator(kept: int, mapped: int, heaps: int | None = None) -> None:
+    """kept: free bytes at a heap's end that stay with the process. mapped: bytes, at most 32 MiB, from which an array
+    is mapped by itself and goes back as soon as it is freed. heaps: how many at most; None: glibc's own rule, up to
+    eight a core. Does nothing where the C library is another than glibc."""
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_TRIM_THRESHOLD, kept)
+        libc.mallopt(_MMAP_THRESHOLD, mapped)
+        if heaps is not None:
+            libc.mallopt(_ARENA_MAX, heaps)
+
+
+def give_back_memory() -> None:
+    """What lies free between what is used goes back to the system; likewise. Takes some milliseconds."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "malloc_trim") else None

@@ -1,4 +1,5 @@
-"""Run by torchrun: `failing.py HOW FOLDER`. Rank 1 does its part badly; every rank prints how it ended, and leaves.
+"""One of two ranks: `failing.py HOW BACKEND SPLIT FOLDER`. Rank 1 does its part badly; every rank prints how it
+ended, and leaves. SPLIT: num_pipeline_ranks or tensor_parallel.
 
 HOW: killed_loading, killed_idle, killed_prefill, killed_decode, hangs, bad_file (FOLDER/bad is rank 1's), raises.
 """
@@ -8,13 +9,13 @@ import signal
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 from maestrale import LLM, SamplingParams
 from maestrale.errors import DistributedError
-from maestrale.native_backend import stage
 from maestrale.parallel import runner
-from maestrale.parallel.link import world
+from maestrale.parallel.launcher import world
 
 
 def fail(how: str) -> None:
@@ -29,11 +30,11 @@ def die_when_idle(folder: Path) -> None:
     fail("killed")
 
 
-def main(how: str, folder: Path) -> None:
+def main(how: str, backend: str, split: str, folder: Path) -> None:
     rank = world()[0]
     if rank == 1:
         if how == "killed_loading":
-            stage.open_stage = lambda *_, **__: fail(how)
+            import_module(f"maestrale.{backend}_backend.stage").open_stage = lambda *_, **__: fail(how)
         steps, run = [0], runner.Worker.run
 
         def counted(self, batch):
@@ -48,7 +49,7 @@ def main(how: str, folder: Path) -> None:
         if how == "killed_idle":
             threading.Thread(target=die_when_idle, args=(folder,), daemon=True).start()
     here = folder / "bad" if how == "bad_file" and rank == 1 else folder / "good"
-    llm = LLM(here, dtype="float32", max_len=64, num_pipeline_ranks=2, distributed_timeout=8)
+    llm = LLM(here, backend=backend, dtype="float32", max_len=64, distributed_timeout=8, **{split: 2})
     if how == "killed_idle":
         (folder / "idle").touch()
         time.sleep(1)
@@ -58,7 +59,7 @@ def main(how: str, folder: Path) -> None:
 if __name__ == "__main__":
     begun = time.monotonic()
     try:
-        main(sys.argv[1], Path(sys.argv[2]))
+        main(*sys.argv[1:4], Path(sys.argv[4]))
     except DistributedError as error:
         print(
             f"rank {world()[0]} ended after {time.monotonic() - begun:.0f} s, code {error.exit_code}: {error}",

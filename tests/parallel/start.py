@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,31 @@ def start(command: list[object], environment: dict[str, str]) -> subprocess.Pope
     )
 
 
+def run(
+    verb: str, *arguments: object, launcher: Sequence[object] = (), said: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`maestrale VERB ARGUMENTS`, by a launcher or alone. said: what it reads."""
+    return subprocess.run(
+        [*map(str, launcher or [sys.executable]), "-m", "maestrale", verb, *map(str, arguments)],
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | PLAIN,
+    )
+
+
+def check_same_words(
+    launcher: Sequence[object], split: Sequence[object], verb: str, *arguments: object, said: str = ""
+) -> None:
+    """Over ranks a verb writes what it writes in one process, which is something."""
+    alone = run(verb, *arguments, said=said)
+    ranks = run(verb, *arguments, *split, launcher=launcher, said=said)
+    assert (alone.returncode, ranks.returncode) == (0, 0), alone.stderr + ranks.stderr
+    assert alone.stdout
+    assert alone.stdout == ranks.stdout
+
+
 def rank_of(agent: int, rank: int) -> psutil.Process:
     """The process of that rank among the children of torchrun's."""
     for child in psutil.Process(agent).children():
@@ -50,3 +76,11 @@ def rank_of(agent: int, rank: int) -> psutil.Process:
 
 def kill(process: psutil.Process) -> None:
     process.send_signal(signal.SIGKILL)
+
+
+def gone(process: psutil.Process) -> bool:
+    """Ended, though nobody may have asked how: its launcher waits for an answer over a cable, or is gone too."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

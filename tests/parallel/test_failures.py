@@ -19,6 +19,7 @@ ENDS = {  # how rank 1 fails → what rank 0 must say of it
     "bad_file": "rank 1 on .*consolidated.safetensors",
     "raises": "rank 1 has gone",
 }
+DIVISIONS = [("native", "num_pipeline_ranks"), ("torch", "num_pipeline_ranks"), ("torch", "tensor_parallel")]
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +32,12 @@ def folder(tmp_path_factory):
     return root
 
 
-def start_both(how, folder):
-    port = free_port()
-    return [start([SCRIPT, how, folder], rank_environment(rank, 2, port)) for rank in (0, 1)]
-
-
 @pytest.mark.parametrize("how", ENDS)
-def test_a_rank_that_fails_ends_the_job_by_name(how, folder):
+@pytest.mark.parametrize(("backend", "split"), DIVISIONS, ids=["native-stages", "torch-stages", "torch-shards"])
+def test_a_rank_that_fails_ends_the_job_by_name(backend, split, how, folder):
     (folder / "idle").unlink(missing_ok=True)
-    begun, ranks = time.monotonic(), start_both(how, folder)
+    begun, port = time.monotonic(), free_port()
+    ranks = [start([SCRIPT, how, backend, split, folder], rank_environment(rank, 2, port)) for rank in (0, 1)]
     try:
         out, err = ranks[0].communicate(timeout=90)
         assert ranks[0].returncode == 6, err

@@ -2,15 +2,24 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 
 import psutil
 import pytest
-from parallel.start import PLAIN, free_port, kill, rank_environment, rank_of, start, torchrun
+from parallel.start import (
+    PLAIN,
+    check_same_words,
+    free_port,
+    gone,
+    kill,
+    rank_environment,
+    rank_of,
+    run,
+    start,
+    torchrun,
+)
 from serve.live import ADDRESS, BYTES, Live, eventually
 from tiny import make_folder, write_tekken
 
@@ -18,6 +27,7 @@ from maestrale import LLM, SamplingParams
 
 PROMPTS = ["Once upon a time", "A much longer prompt than the others are, which takes some steps", "B"]
 LONG = {"prompt": "Once", "max_tokens": 2000, "temperature": 0, "ignore_eos": True, "stream": True}
+TWO = (sys.executable, *torchrun(2))
 STAGES = ("--dtype", "float32", "--num-pipeline-ranks", 2, "--max-batch-tokens", 16)
 
 
@@ -90,42 +100,51 @@ def test_sigterm_lets_an_open_request_end_and_leaves_no_process(server):
     assert any("shutting down: 1 requests are open" in line for line in live.log)
 
 
-def test_a_rank_killed_in_mid_stream_ends_it_with_an_error_event_and_the_server_with_code_6(folder):
+@pytest.fixture
+def unwatched(folder):
+    """(server, the process of its rank 1) without torchrun, whose agent would end one as soon as the other has."""
     port = free_port()
     other = start(["-m", "maestrale", "serve", folder, *STAGES, "--port", "0"], rank_environment(1, 2, port))
-    live = None
-    try:
+    with contextlib.ExitStack() as ended:
+        ended.callback(other.communicate)
+        ended.callback(other.kill)
         live = Live(folder, *STAGES, env=rank_environment(0, 2, port))
-        with open_stream(live) as answer:
-            other.kill()
-            events = answer.read().strip().split(b"\n\n")
-        error = next(json.loads(event.removeprefix(b"data: ")) for event in events if b'"error"' in event)["error"]
-        assert error["code"] == "engine_stopped"
-        assert live.wait() == 6
-        assert any(re.search("rank 0 on .*: rank 1 has gone", line) for line in live.log)
-    finally:
-        other.kill()
-        other.communicate()
-        if live is not None:
-            live.close()
+        ended.callback(live.close)
+        yield live, other
 
 
-def test_an_idle_server_is_not_ready_once_a_request_has_met_a_dead_rank(folder):
-    """Without torchrun nobody else tells rank 0; under it, its agent does at once."""
-    port = free_port()
-    other = start(["-m", "maestrale", "serve", folder, *STAGES, "--port", "0"], rank_environment(1, 2, port))
-    live = None
+def test_a_rank_killed_in_mid_stream_ends_it_with_an_error_event_and_the_server_with_code_6(unwatched):
+    live, other = unwatched
+    with open_stream(live) as answer:
+        other.kill()
+        events = answer.read().strip().split(b"\n\n")
+    error = next(json.loads(event.removeprefix(b"data: ")) for event in events if b'"error"' in event)["error"]
+    assert error["code"] == "engine_stopped"
+    assert live.wait() == 6
+    assert any(re.search("rank 0 on .*: rank 1 has gone", line) for line in live.log)
+
+
+def test_an_idle_server_is_not_ready_once_a_request_has_met_a_dead_rank(unwatched):
+    live, other = unwatched
+    assert live.get("/ready").status == 200
+    other.kill()
+    assert live.complete("Once").status in (500, 503)
+    assert live.wait() == 6
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "streaming"])
+def test_ranks_end_with_their_torchrun_however_that_ends(busy, server):
+    live = server()
+    ranks = psutil.Process(live.process.pid).children()
+    assert len(ranks) == 2
     try:
-        live = Live(folder, *STAGES, env=rank_environment(0, 2, port))
-        assert live.get("/ready").status == 200
-        other.kill()
-        assert live.complete("Once").status in (500, 503)
-        assert live.wait() == 6
+        with open_stream(live) if busy else contextlib.nullcontext():
+            live.process.kill()
+            eventually(lambda: all(gone(rank) for rank in ranks), 20)
     finally:
-        other.kill()
-        other.communicate()
-        if live is not None:
-            live.close()
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.kill()
 
 
 def test_max_restarts_brings_a_killed_service_back_on_its_port(server):
@@ -141,37 +160,16 @@ def test_max_restarts_brings_a_killed_service_back_on_its_port(server):
 
 @pytest.mark.parametrize("verb", ["interactive", "chat", "generate"])
 def test_verbs_of_the_terminal_over_ranks_say_what_one_process_says(verb, folder):
-    arguments = [verb, folder, "--max-tokens", 12, "--temperature", 0, "--dtype", "float32"]
+    arguments = [folder, "--max-tokens", 12, "--temperature", 0, "--dtype", "float32"]
     arguments += ["-p", "Once"] if verb == "generate" else []
-    said = []
-    for launcher, split in (((), ()), (torchrun(2), ("--num-pipeline-ranks", 2))):
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "maestrale", *map(str, arguments), *map(str, split)],
-            input="" if verb == "generate" else "Hello\nand you?\n",
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=os.environ | PLAIN,
-        )
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
-    assert said[0]
-    assert said[0] == said[1]
-
-
-def run(verb: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *torchrun(2), "-m", "maestrale", verb, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | PLAIN,
-    )
+    said = "" if verb == "generate" else "Hello\nand you?\n"
+    check_same_words(TWO, ("--num-pipeline-ranks", 2), verb, *arguments, said=said)
 
 
 @pytest.mark.parametrize("split", ["--num-pipeline-ranks", "--tensor-parallel"])
 def test_bench_tells_how_busy_each_rank_was_and_what_it_holds(split, folder):
-    done = run("bench", folder, split, 2, "--batch", "1,4", "--repeats", 2, "--decode-tokens", 8, "--json")
+    arguments = [folder, split, 2, "--batch", "1,4", "--repeats", 2, "--decode-tokens", 8, "--json"]
+    done = run("bench", *arguments, launcher=TWO)
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     for found in facts["decode"].values():
@@ -183,8 +181,20 @@ def test_bench_tells_how_busy_each_rank_was_and_what_it_holds(split, folder):
     assert all(rank["peak_memory_bytes"] > rank["weight_bytes"] for rank in facts["ranks"])
 
 
-def test_an_adapter_over_ranks_is_refused_in_a_line_with_the_remedy(folder, tmp_path):
-    done = run("generate", folder, "-p", "Once", "--adapter", tmp_path, "--num-pipeline-ranks", 2)
+REFUSED = {  # what does not run over ranks → what is said
+    "generate -p Once --weights fp8": "weights fp8 do not run over several ranks: start a single process",
+    "embed --text Once": "embeddings and classes are not computed over several ranks: start a single process",
+    "generate -p Once --num-pipeline-ranks 3": "3 pipeline ranks of 1 shards are 3 processes; 2 were started: "
+    "start with  torchrun --nproc-per-node 3",
+    "generate -p Once --tensor-parallel 2 --backend native": "backend native: adapters, classes, hidden states and "
+    "--tensor-parallel need backend torch",
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_does_not_run_over_ranks_is_refused_in_a_line_with_the_remedy(asked, folder):
+    verb, *options = asked.split()
+    done = run(verb, folder, *options, launcher=TWO)
     assert done.returncode != 0
-    told = [line for line in done.stderr.splitlines() if line.startswith("maestrale: ")]
-    assert set(told) == {"maestrale: adapters do not run over several ranks: merge the adapter into its model first"}
+    told = re.findall(r"maestrale: .+?(?=maestrale: |$)", done.stderr, re.MULTILINE)  # two may share a line
+    assert set(told) == {f"maestrale: {REFUSED[asked]}"}

@@ -14,6 +14,8 @@ from conformance.backends import open_engine, run
 from parallel.start import PLAIN, torchrun
 from tiny import DENSE, MIXED, hf_logits, hf_model, native_weights, write_native
 
+from maestrale.checkpoint.adapter import Adapter, Delta, linear_layers, save_adapter
+from maestrale.checkpoint.convert import convert
 from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.config import MoeConfig
@@ -33,6 +35,7 @@ MESHES = {
     4: [(4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (1, 4, 2), (1, 4, 4)],
 }
 PACKED = {"one_kv_head": "int8", "mixture": "int4"}  # folders that are quantized besides
+ADAPTED = ("two_kv_heads", "mixture")
 NATIVE = [("one_kv_head", "int8"), ("two_kv_heads", "f32"), ("two_kv_heads", "int4"), ("four_kv_heads", "bf16")]
 NATIVE += [("mixture", weights) for weights in ("bf16", "int8", "int4")]
 ASKED = {"greedy": {"temperature": 0, "max_tokens": 8}, "seeded": {"temperature": 1, "seed": 3, "max_tokens": 8}}
@@ -48,9 +51,11 @@ class Case:
     asked: str = "greedy"
     backend: str = "torch"
     weights: str = ""
+    adapter: bool = False  # whether every other prompt goes through one, from the first on
 
     def __str__(self):
-        return "-".join(map(str, (self.model, *self.mesh, self.dtype, self.asked, self.backend, self.weights)))
+        kind = (self.model, *self.mesh, self.dtype, self.asked, self.backend, self.weights)
+        return "-".join(map(str, kind)) + "adapter" * self.adapter
 
     @property
     def folder(self):
@@ -63,6 +68,8 @@ def cases(size):
         for mesh in MESHES[size]:
             if mesh[2] == 1 or config.moe:
                 yield Case(name, mesh)
+            if name in ADAPTED and (mesh[2] == 1 or config.moe):
+                yield Case(name, mesh, adapter=True)
         yield Case(name, MESHES[size][0], asked="seeded")
     yield Case("two_kv_heads", MESHES[size][-1 if size < 4 else 2], "BF16")
     for name, weights in PACKED.items():
@@ -70,6 +77,16 @@ def cases(size):
     if kernels.missing() is None and size < 4:
         for name, weights in NATIVE:
             yield Case(name, (size, 1, 1), "F32" if weights == "f32" else "BF16", "greedy", "native", weights)
+
+
+def random_adapter(config):
+    draw = np.random.default_rng(5)
+
+    def matrix(*shape):
+        return 0.3 * draw.standard_normal(shape, np.float32)
+
+    layers = linear_layers(config).items()
+    return Adapter({name: Delta(matrix(3, columns), matrix(rows, 3), 1.5) for name, (rows, columns) in layers}, "")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +101,12 @@ def models(tmp_path_factory):
             packed = tmp_path_factory.mktemp("packed") / name
             quantize(folder, packed, Recipe(PACKED[name]), round_to_nearest)
             made[f"{name}-{PACKED[name]}"] = (model, packed)
+        if name in ADAPTED:
+            adapter = tmp_path_factory.mktemp("adapter") / name
+            save_adapter(adapter, random_adapter(config), config, "native")
+            merged = tmp_path_factory.mktemp("merged") / name
+            convert(folder, merged, "native", adapter=adapter)
+            made[f"{name}-adapter"], made[f"{name}-merged"] = (None, adapter), (None, merged)
     return made
 
 
@@ -94,7 +117,9 @@ def answers(models, tmp_path_factory):
     for size in MESHES:
         folder = tmp_path_factory.mktemp(f"ranks{size}")
         asked = [
-            asdict(case) | {"folder": str(models[case.folder][1]), "params": ASKED[case.asked], "prompts": PROMPTS}
+            asdict(case)
+            | {"folder": str(models[case.folder][1]), "params": ASKED[case.asked], "prompts": PROMPTS}
+            | {"adapter": str(models[f"{case.model}-adapter"][1]) if case.adapter else None}
             for case in cases(size)
         ]
         (folder / "cases.json").write_text(json.dumps(asked))
@@ -127,11 +152,11 @@ def errors(folder, model, prompt, tokens, dtype):
     return np.abs(np.stack(request.logits) - hf_logits(model, prompt + tokens[:-1]).numpy())
 
 
-def alone(case, models):
+def alone(case, folder):
     """What one process gives: requests that have ended, their logits kept."""
-    engine = open_engine(models[case.folder][1], case.backend, dtype=case.dtype, weights=case.weights or None)
+    engine = open_engine(folder, case.backend, dtype=case.dtype, weights=case.weights or None)
     requests = [
-        engine.submit(prompt, SamplingParams(ignore_eos=True, **ASKED[case.asked]), keep_logits=True)
+        engine.submit(prompt, SamplingParams(ignore_eos=True, experts=True, **ASKED[case.asked]), keep_logits=True)
         for prompt in PROMPTS
     ]
     run(engine)
@@ -140,6 +165,8 @@ def alone(case, models):
 
 @pytest.mark.parametrize(("size", "case"), ALL)
 def test_ranks_give_what_transformers_gives(size, case, models, answers):
+    if case.adapter:
+        pytest.skip("what an adapter adds is compared with a model that it is merged into: see the next test")
     if case.weights not in ("", "f32"):
         pytest.skip("weights of fewer bits give logits of their own: see the next test")
     model, folder = models[case.model]
@@ -156,8 +183,15 @@ def test_ranks_give_what_transformers_gives(size, case, models, answers):
 def test_ranks_give_the_tokens_of_one_process(size, case, models, answers):
     if case.dtype != "F32" and case.backend == "torch":
         pytest.skip("sums over ranks round differently in bfloat16: a near tie may fall the other way")
-    for answer, request in zip(answers[size, case], alone(case, models), strict=True):
+    wanted = alone(case, models[case.folder][1])
+    if case.adapter:
+        adapted = alone(case, models[f"{case.model}-merged"][1])
+        assert np.abs(adapted[0].logits[0] - wanted[0].logits[0]).max() > 0.1  # it counts
+        wanted[::2] = adapted[::2]
+    for answer, request in zip(answers[size, case], wanted, strict=True):
         assert answer["tokens"] == request.completions[0].token_ids
+        assert answer["experts"] == request.completions[0].experts
+        assert (answer["experts"] is None) == (MODELS[case.model].moe is None)
         if case.backend == "native":
             assert np.array_equal(np.array(answer["logits"], np.float32), np.stack(request.logits))  # to the last bit
         else:

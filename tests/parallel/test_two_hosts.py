@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from parallel.start import PLAIN, torchrun
+from parallel.start import PLAIN, gone, torchrun
 from serve.live import BYTES, eventually
 from tiny import make_folder, write_tekken
 
@@ -117,14 +117,6 @@ class Agents:
             process.wait()
         for reader in self.readers:
             reader.join()
-
-
-def gone(process: psutil.Process) -> bool:
-    """Ended, though its launcher may not have asked how: that one waits for an answer over the cable."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def serve(hosts, folder):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as jsonlib
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from maestrale.cli import options as opt
 from maestrale.cli.declare import Option
 from maestrale.errors import UsageError
+from maestrale.memory import peak_memory
 
 if TYPE_CHECKING:
     import torch
@@ -176,8 +175,11 @@ class Stand:
         return Decoding(seconds / self.decode_tokens, outside, busy)
 
     def ranks(self) -> list[dict[str, int]]:
-        """What each rank has held at most, and its part of the weights."""
-        return [{"peak_memory_bytes": usage.peak, "weight_bytes": usage.weights} for usage in self.usage()]
+        """What each rank has held at most, what before it loaded anything, and its part of the weights."""
+        return [
+            {"peak_memory_bytes": usage.peak, "base_memory_bytes": usage.base, "weight_bytes": usage.weights}
+            for usage in self.usage()
+        ]
 
     def _submit(self, length: int, seed: int, max_tokens: int) -> Any:
         from maestrale.sampling.params import SamplingParams
@@ -224,11 +226,6 @@ def _measure(
 def rates(values: Sequence[float]) -> dict[str, float]:
     """Tokens a second: the median of repeats, and between what they lie."""
     return {"tokens_per_second": median(values), "lowest": min(values), "highest": max(values)}
-
-
-def peak_memory() -> int:
-    """The most bytes of main memory this process has held at once, mapped weights included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -337,8 +334,9 @@ def _show(facts: dict[str, Any]) -> None:
         console.print(f"kernels: {facts['kernels']}")
     for rank, found in enumerate(ranks or ()):
         console.print(
-            f"rank {rank}: peak memory {opt.readable_bytes(found['peak_memory_bytes'])}, of its weights "
-            f"{opt.readable_bytes(found['weight_bytes'])}"
+            f"rank {rank}: peak memory {opt.readable_bytes(found['peak_memory_bytes'])}; "
+            f"{opt.readable_bytes(found['base_memory_bytes'])} before it loaded "
+            f"{opt.readable_bytes(found['weight_bytes'])} of weights"
         )
     console.print(
         f"loaded in {facts['load_seconds']:.1f} s; peak memory {opt.readable_bytes(facts['peak_memory_bytes'])}"

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from maestrale.cli.conversation import Chat
@@ -96,7 +98,9 @@ def _show(session: Session, rest: str) -> None:
     if isinstance(session.conversation, Chat) and session.conversation.system:
         print(f"system   {session.conversation.system}")
     changed = {name: getattr(session.params, name) for name in SETTINGS}
-    print("settings " + ", ".join(f"{name} {value}" for name, value in changed.items() if value not in (None, ())))
+    words = ", ".join(f"{name}\0{value}" for name, value in changed.items() if value not in (None, ()))
+    lines = wrap(words, max(get_terminal_size().columns - 9, 20), break_long_words=False)
+    print("settings " + "\n         ".join(lines).replace("\0", " "))
 
 
 def _save(session: Session, rest: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout
 from maestrale.checkpoint.reader import Checkpoint
@@ -25,18 +26,22 @@ class NativeStage:
     def hidden_rows(self, count: int) -> torch.Tensor:
         return torch.empty(count, self.shard.config.dim)
 
-    def compute(self, batch: Batch, hidden_TD: torch.Tensor | None) -> torch.Tensor:
-        config, last = self.shard.config, self.shard.last
+    def compute(self, batch: Batch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor, NDArray[np.int16] | None]:
+        config, last, experts = self.shard.config, self.shard.last, None
         with memory_errors():
             shape = (len(batch.logit_rows), config.vocab_size) if last else (len(batch.token_ids), config.dim)
             out = np.empty(shape, np.float32)
+            if batch.experts and config.moe is not None:
+                chosen = (len(self.shard.layers), len(batch.token_ids), config.moe.num_experts_per_tok)
+                experts = np.empty(chosen, np.int16)
             self.model.step(
                 *batch.arrays,
                 hidden_in=None if hidden_TD is None else hidden_TD.numpy(),
                 hidden_out=None if last else out,
                 logits=out if last else None,
+                chosen=experts,
             )
-        return torch.from_numpy(out)
+        return torch.from_numpy(out), None if experts is None else experts[:, batch.logit_rows].swapaxes(0, 1)
 
 
 def open_stage(

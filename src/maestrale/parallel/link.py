@@ -1,8 +1,5 @@
-"""The links between ranks, by torch.distributed: gloo between processors, NCCL between GPUs.
-
-Tensors go from rank to rank by sends that do not wait; a send's handle and tensor are kept until it is done, since
-gloo loses a message whose handle is dropped, and waiting twice on a finished send blocks until the timeout. Sums over
-shards of one host go through memory that they share.
+"""The links between ranks: torch.distributed where all meet (gloo; on GPUs NCCL), connections.py from one to another, and
+memory that the shards of one host share for their sums.
 """
 
 from __future__ import annotations
@@ -12,43 +9,26 @@ import itertools
 import os
 import socket
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
-from maestrale.errors import DistributedError, UsageError
+from maestrale.errors import DistributedError
 from maestrale.mesh import Mesh
+from maestrale.parallel.connections import Connections
+from maestrale.parallel.launcher import end_with_launcher, own_address, ranks_on_this_host, set_rendezvous, world
 from maestrale.parallel.shared import SharedSum, open_shared_sum
 
 _FOREVER = timedelta(days=365)  # how long a rank waits for others to load; a dead peer is seen at once all the same
 _MAX_REPORT = 2048  # bytes of a rank's report
-_MAX_IN_FLIGHT = 256  # sends that are not waited for
 _numbers = itertools.count()  # of links in this process, alike on all ranks
-
-
-def world() -> tuple[int, int, int]:
-    """(rank, ranks, rank on this host) as torchrun or Open MPI tell; (0, 1, 0) alone."""
-    for rank, size, local in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ):
-        if size in os.environ:
-            try:
-                return tuple(int(os.environ[name]) for name in (rank, size, local))  # type: ignore[return-value]
-            except (KeyError, ValueError):
-                raise UsageError(f"{rank}, {size} and {local} must all be whole numbers: start with torchrun") from None
-    return 0, 1, 0
-
-
-def ranks_on_this_host() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
 
 
 class Link:
@@ -62,11 +42,9 @@ class Link:
         self.mesh = mesh
         self.rank, self.size, self.local_rank = world()
         self.host, self.ranks_on_host = socket.gethostname(), ranks_on_this_host()
-        self._sends: deque[tuple[Any, torch.Tensor]] = deque()
         self.waited, self._lost, self.timeout = 0.0, False, timeout
-        self._sending = threading.Lock()
-        if "OMPI_COMM_WORLD_SIZE" in os.environ:
-            _openmpi_rendezvous(self.size)
+        end_with_launcher()
+        set_rendezvous(self.size)
         if self.ranks_on_host == self.size and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody from outside has to reach us
         os.environ.setdefault("RANK", str(self.rank))
@@ -75,41 +53,46 @@ class Link:
             store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
             # The store outlives a restart by torchrun, and links of before: their addresses would be found in it.
             own = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}.{next(_numbers)}", store)
+            backends = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"  # a tensor's device says which
             dist.init_process_group(
-                "gloo", store=own, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout)
+                backends, store=own, rank=self.rank, world_size=self.size, timeout=timedelta(seconds=timeout)
             )
             self._loading = dist.new_group(timeout=_FOREVER)
-            self._idle = dist.new_group(timeout=timedelta(seconds=timeout))
             stages = [list(range(s * mesh.tensor, (s + 1) * mesh.tensor)) for s in range(mesh.pipeline)]
+            mine = self.rank // mesh.tensor
             groups = [dist.new_group(ranks, timeout=timedelta(seconds=timeout)) for ranks in stages]
-            self._stage = groups[self.rank // mesh.tensor]
+            self._stage, peers = groups[mine], [rank for rank in stages[mine] if rank != self.rank]
+            self._peers = f"rank {peers[0]}" if len(peers) == 1 else f"one of the ranks {', '.join(map(str, peers))}"
             self._shared = self._open_shared(timeout) if mesh.tensor > 1 else None
+            self._connections = Connections(self.rank, self.size, own_address(), timeout, own.set, own.get)
         atexit.register(_leave)
 
-    def send(self, tensor: torch.Tensor, to: int, idle: bool = False) -> None:
-        """Begins to send; `tensor` must not change afterwards. idle: to a `receive(idle=True)`. From any thread."""
-        with self._sending:
-            while self._sends and (len(self._sends) > _MAX_IN_FLIGHT or self._sends[0][0].is_completed()):
-                handle, _ = self._sends.popleft()
-                if not handle.is_completed():
-                    with self._named(f"a send by rank {self.rank}"):
-                        handle.wait()
-            tensor = tensor.contiguous()
-            with self._named(f"rank {to}"):
-                handle = dist.isend(tensor, to, group=self._idle if idle else None)
-            if handle is not None:
-                self._sends.append((handle, tensor))
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Begins to send; `tensor` must not change afterwards. From any thread."""
+        with self._named(f"rank {to}"):
+            self._connections.send(to, _bytes(tensor.cpu().contiguous()))
 
-    def receive(self, tensor: torch.Tensor, source: int, idle: bool = False) -> torch.Tensor:
-        """Fills `tensor` from what rank `source` sends. idle: what it sends with `idle`, apart from all else."""
+    def receive(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        """Fills `tensor`, which is contiguous, from what rank `source` sends."""
+        here = tensor.cpu()
         with self._named(f"rank {source}"), self._waiting():
-            dist.recv(tensor, source, group=self._idle if idle else None)
-        return tensor
+            self._connections.receive(source, _bytes(here))
+        return tensor if here is tensor else tensor.copy_(here)
+
+    def receive_numbers(self, source: int) -> NDArray[np.int64]:
+        """The next message of rank `source`, int64 of any length."""
+        with self._named(f"rank {source}"), self._waiting():
+            return np.frombuffer(self._connections.receive(source), np.int64)
+
+    def say_alive(self) -> None:
+        """To all ranks, so that one without work can tell rest from a cable that has been cut. From any thread."""
+        with self._named("another rank"):
+            self._connections.say_alive()
 
     def sum_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over this stage's shards, in place."""
         if self.mesh.tensor > 1:
-            with self._named(f"a shard of stage {self.rank // self.mesh.tensor}"), self._waiting():
+            with self._named(self._peers), self._waiting():
                 if self._shared is not None and SharedSum.takes(tensor):
                     self._shared(tensor)
                 else:
@@ -121,7 +104,7 @@ class Link:
         problem, result, cause = "", None, None
         try:
             result = work()
-        except Exception as error:
+        except Exception as error:  # of any kind: the other ranks wait for an answer, and must hear of it
             problem, cause = f"rank {self.rank} on {self.host}: {error or type(error).__name__}", error
         report = torch.zeros(_MAX_REPORT, dtype=torch.uint8)
         words = problem.encode()[:_MAX_REPORT]
@@ -142,12 +125,9 @@ class Link:
         return tensor.tolist()
 
     def close(self) -> None:
-        """Waits for what is still being sent, unless a rank has been lost, then lets go of the links."""
-        while self._sends and not self._lost:
-            handle, _ = self._sends.popleft()
-            if not handle.is_completed():
-                with self._named("the last messages"):
-                    handle.wait()
+        """Waits until the others have read what was sent, unless a rank has been lost, then lets go of the links."""
+        if not self._lost:
+            self._connections.close()
         dist.destroy_process_group()
 
     def _open_shared(self, timeout: float) -> SharedSum | None:
@@ -176,11 +156,15 @@ class Link:
     def _named(self, peer: str) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, dist.DistBackendError) as error:
+        except (RuntimeError, OSError) as error:
             self._lost, words = True, str(error)
             cause = "does not answer" if "imed out" in words or "imeout" in words else "has gone"
             detail = words.splitlines()[0].split("] ", 1)[-1].split(". ")[0][:200]  # without a source file's path
             raise DistributedError(f"rank {self.rank} on {self.host}: {peer} {cause} ({detail})") from None
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 def _leave() -> None:
@@ -188,15 +172,3 @@ def _leave() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-def _openmpi_rendezvous(size: int) -> None:
-    """Open MPI starts processes but says no address; on one host it is this one."""
-    if "MASTER_ADDR" in os.environ:
-        return
-    if os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") != str(size):
-        raise UsageError("several hosts under mpirun: set MASTER_ADDR and MASTER_PORT to an address of rank 0's host")
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    # Two jobs on one host must not meet: a port from the job's own number.
-    job = os.environ.get("PMIX_NAMESPACE", "0")
-    os.environ.setdefault("MASTER_PORT", str(20_000 + sum(map(ord, job)) * 31 % 20_000))

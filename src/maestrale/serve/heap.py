@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import os
+
+from maestrale.memory import give_back_memory, set_allocator
 
 # torch on the CPU keeps twice, in oneDNN and above it, what is compiled for each number of rows that a step may have:
 # 817 MiB after 400 numbers with the 1024 entries of each. They are read when torch is imported, which is later.
 _COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
-# glibc's malloc.h: left alone it keeps a heap for each thread, and from the first array that is freed on, up to 32 MiB
-# at once within them: 39 of 88 MiB were free and kept after a thousand mixed requests to a small model.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+# Left alone, glibc keeps a heap for each thread, and from the first array that is freed on, up to 32 MiB at once within
+# them: 39 of 88 MiB were free and kept after a thousand mixed requests to a small model.
 _LARGE = 8 << 20  # bytes: a step's logits are seldom more and stay at hand, those of a whole prompt are and go back
-_PERIOD = 10  # seconds after which what lies free between what is used goes back too: a walk of some milliseconds
+_PERIOD = 10  # seconds after which what lies free between what is used goes back too
 
 
 def prepare() -> None:
-    """Before the model is opened. Does nothing where the C library is another than glibc."""
+    """Before the model is opened."""
     for cache in _COMPILED:
         os.environ.setdefault(cache, "128")
-    libc = _glibc()
-    if libc is not None:
-        for name, value in ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, _LARGE), (_TRIM_THRESHOLD, _LARGE)):
-            libc.mallopt(name, value)
+    set_allocator(kept=_LARGE, mapped=_LARGE, heaps=1)
 
 
 def settle() -> None:
@@ -37,12 +34,6 @@ def settle() -> None:
 
 async def tend() -> None:
     """For as long as it serves."""
-    libc = _glibc()
-    while libc is not None:
+    while True:
         await asyncio.sleep(_PERIOD)
-        await asyncio.to_thread(libc.malloc_trim, 0)
-
-
-def _glibc() -> ctypes.CDLL | None:
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "malloc_trim") else None
+        await asyncio.to_thread(give_back_memory)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,11 +50,10 @@ class Job:
         self.work, self.streaming, self.accepted = work, streaming, accepted
         self.began = time.monotonic()
         self.last: float | None = None  # when its last piece came
-        self.started = self.ended = False
+        self.started = self.spoken = self.ended = False
         self.error: ApiError | None = None
         self._arrived: list[Piece] = []
         self._news = asyncio.Event()
-        self._told = -math.inf  # when the last pieces were handed on
         self._requests: list[Request] = []
 
     @property
@@ -63,15 +61,10 @@ class Job:
         """Tokens of its prompts that were found in the cache. To be asked when it has ended."""
         return sum(request.cached for request in self._requests)
 
-    def arrive(self, pieces: list[Piece], interval: float) -> int:
-        """Pieces of a stream, to be handed on not before `interval` seconds after the last ones; how many nobody has
-        taken yet."""
-        loop, waiting = asyncio.get_running_loop(), bool(self._arrived)
+    def arrive(self, pieces: list[Piece]) -> int:
+        """Pieces of a stream; how many nobody has taken yet."""
         self._arrived += pieces
-        if (due := self._told + interval) <= loop.time():
-            self._news.set()
-        elif not waiting:
-            loop.call_at(due, self._news.set)
+        self._news.set()
         return len(self._arrived)
 
     async def pieces(self, patience: float) -> AsyncIterator[list[Piece]]:
@@ -98,7 +91,7 @@ class Job:
                     await self._news.wait()
                 arrived, self._arrived = self._arrived, []
                 if arrived or ping:
-                    self._told, silent, ping = loop.time(), False, False
+                    silent, ping = False, False
                     yield _joined(arrived)
         finally:
             timer.cancel()

@@ -1,13 +1,14 @@
 """The engine in a thread of its own: jobs go in as commands, pieces of text come out to the event loop.
 
 The event loop never waits for the engine, the engine never for a client. Two threads, two rules: `Job._requests` and
-the model belong to the engine's thread; everything else of a job belongs to the loop.
+the model belong to the engine's thread, with `Job.spoken`; everything else of a job belongs to the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -24,10 +25,11 @@ from maestrale.serve.metrics import Metrics
 from maestrale.serve.problems import ApiError, as_api_error
 
 T = TypeVar("T")
+News = tuple[float, Job, list[Piece]]  # when a step ended, and what it brought a job
 
 log = logging.getLogger("maestrale.serve")
 
-_SMOOTH, _ROUGHEST = 4, 5  # streams that have an event each interval; at most so many intervals between two of others
+_SMOOTH, _ROUGHEST = 4, 5  # prompts whose news are told each interval; of more after up to so many intervals
 
 
 class Service:
@@ -54,6 +56,8 @@ class Service:
         self._commands: SimpleQueue[Callable[[], bool]] = SimpleQueue()  # each says whether to go on
         self._owners: dict[Request, tuple[Job, int]] = {}  # the engine's thread only
         self._chores: deque[Chore] = deque()  # likewise
+        self._news: list[News] = []  # likewise: what the loop has not been told yet
+        self._told = -math.inf  # likewise: when it was told last
         self._open_chores = 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -149,19 +153,15 @@ class Service:
         if error is not None:
             self._close(job, "refused")
 
-    def _deliver(
-        self, when: float, news: list[tuple[Job, list[Piece]]], ends: list[tuple[Job, ApiError | None]]
-    ) -> None:
-        """What one step has brought. Each event that is sent costs the cores that compute the next: the more streams
-        are open, the fewer each has."""
-        interval = self._stream_interval * min(max(len(self._jobs) / _SMOOTH, 1), _ROUGHEST)
-        for job, pieces in news:
+    def _deliver(self, news: list[News], ends: list[tuple[Job, ApiError | None]]) -> None:
+        """What some steps have brought."""
+        for when, job, pieces in news:
             if job.ended:
                 continue
             self.metrics.observe(job, when, pieces)
             if not job.streaming:
                 continue
-            if (unread := job.arrive(pieces, interval)) > self._max_unread:
+            if (unread := job.arrive(pieces)) > self._max_unread:
                 self._fail(job, ApiError(408, f"{unread} pieces are unread: read faster"), "slow reader")
         for job, error in ends:
             if error is not None:
@@ -246,7 +246,11 @@ class Service:
             self._loop.call_soon_threadsafe(settle, chore.result, found, None)
 
     def _step(self) -> None:
-        """One step of the engine, and its news to the loop. What goes wrong with a request stands in its `error`."""
+        """One step of the engine, and its news to the loop. What goes wrong with a request stands in its `error`.
+
+        First pieces and ends are told at once, others not before an interval is over: each time costs the cores that
+        compute what comes next. The more there are to tell, the longer it is.
+        """
         by_job: dict[Job, list[Piece]] = {}
         for request, completion in self._llm.step():
             job, number = self._owners[request]
@@ -258,8 +262,14 @@ class Service:
         for request, (job, _) in self._owners.items():
             if not job.started and request.done:
                 job.started = True
-        if by_job or ends:
-            self._loop.call_soon_threadsafe(self._deliver, time.monotonic(), list(by_job.items()), ends)
+        now, begun = time.monotonic(), any(not job.spoken for job in by_job)
+        for job, pieces in by_job.items():
+            job.spoken = True
+            self._news.append((now, job, pieces))
+        interval = self._stream_interval * min(max(len(self._owners) / _SMOOTH, 1), _ROUGHEST)
+        if ends or begun or (self._news and now >= self._told + interval):
+            self._loop.call_soon_threadsafe(self._deliver, self._news, ends)
+            self._news, self._told = [], now
 
     def _endings(self) -> Iterator[tuple[Job, ApiError | None]]:
         """The jobs that have ended, each with what it failed from. DistributedError where the model itself is gone."""

@@ -51,10 +51,12 @@ class AdaptedLinear(nn.Module):
 
 
 class Adapters:
-    """The adapters of a model, put into it; `begin` says whose rows a step holds."""
+    """The adapters of a model, put into it; `begin` says whose rows a step holds. all_rows: this is a part of a model
+    and gives every row to the next part, whatever is wanted in the end."""
 
-    def __init__(self, model: Transformer, adapters: Sequence[Adapter]):
-        self._all, self._wanted = Rows(), Rows()
+    def __init__(self, model: Transformer, adapters: Sequence[Adapter], all_rows: bool = False):
+        self._all = Rows()
+        self._wanted = self._all if all_rows else Rows()
         last = f"layers.{model.config.n_layers - 1}.feed_forward"
         experts: dict[str, dict[int, Rows]] = {}
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.deltas):
@@ -76,14 +78,14 @@ class Adapters:
             counts_B = torch.from_numpy(batch.starts).diff()
             self._adapter_T = adapter_B.repeat_interleave(counts_B).to(device)
             self._adapter_N = self._adapter_T[torch.from_numpy(batch.logit_rows).to(device)]
-        self._all.set(self._adapter_T)
         self._wanted.set(self._adapter_N)
+        self._all.set(self._adapter_T)  # last: the two may be the same
 
     def _follow(self, mixture: MixtureOfExperts, whole: Rows, rows_of: dict[int, Rows]) -> None:
         """Each expert gets the rows that chose it, in their order (moe.py); the router's scores say which."""
 
         def chosen(gate: nn.Module, inputs: object, scores_TE: torch.Tensor) -> None:
-            adapter_T = self._adapter_N if whole is self._wanted else self._adapter_T
+            adapter_T = self._adapter_T if whole is self._all else self._adapter_N
             if adapter_T is not None:
                 experts_TK = route(scores_TE, mixture.n_chosen)[1]
             for expert, rows in rows_of.items():

@@ -4,16 +4,20 @@ the other ranks. The model file knows nothing of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import nn
 from torch.nn.functional import embedding
 
+from maestrale.checkpoint.adapter import Adapter
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.reader import Checkpoint
+from maestrale.errors import UsageError
 from maestrale.mesh import Shard
+from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.load import as_torch
 from maestrale.torch_backend.model import Block, FeedForward, Transformer
 from maestrale.torch_backend.moe import MixtureOfExperts
@@ -59,17 +63,19 @@ def load_shard(
     device: torch.device,
     total: Sum,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Transformer:
-    """The part of `checkpoint` that `shard` names. A stage that is not the first takes hidden rows for token ids; one
-    that is not the last gives hidden rows for logits; logits are those of the shard's part of the vocabulary."""
+    adapters: Sequence[Adapter] = (),
+) -> tuple[Transformer, Adapters | None]:
+    """The part of `checkpoint` and of `adapters` that `shard` names. A stage that is not the first takes hidden rows
+    for token ids; one that is not the last gives hidden rows for logits; logits are those of the shard's part of the
+    vocabulary."""
     with torch.device("meta"):
         model = _skeleton(shard)
     wanted = list(shard.tensors())
     state = {}
     for done, (name, slices) in enumerate(wanted):
         tensor = checkpoint.tensor(name)
-        mine = tensor.array[slices]
-        state[_local_name(name, shard)] = as_torch(StoredTensor.from_array(mine, tensor.dtype)).to(device, dtype)
+        part = StoredTensor.from_array(tensor.array[slices], tensor.dtype)
+        state[_local_name(name, shard)] = as_torch(part).to(device, dtype)
         checkpoint.release(name)
         progress(done + 1, len(wanted))
     checkpoint.verify_unchanged()
@@ -79,8 +85,29 @@ def load_shard(
     if shard.first and table is not None:
         state["tok_embeddings.weight"] = table
     model.load_state_dict(state, assign=True)
+    mine = [part_of_adapter(adapter, shard) for adapter in adapters]
+    adapted = Adapters(model, mine, all_rows=not shard.last) if adapters else None
     _join(model, shard, total)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval(), adapted
+
+
+def part_of_adapter(adapter: Adapter, shard: Shard) -> Adapter:
+    """What an adapter adds on this rank, by the names of its stage. A layer whose inputs are divided gives a part of a
+    sum, and so does what is added to it. UsageError for DoRA there: a row's length is known to no shard alone."""
+    slices, deltas = dict(shard.tensors()), {}
+    head = "tok_embeddings" if shard.config.tied_embeddings and shard.last else "output"
+    for name, delta in adapter.deltas.items():
+        stored = f"{head if name == 'output' else name}.weight"
+        if stored not in slices:
+            continue
+        rows, columns = slices[stored]
+        if delta.magnitude is not None and columns.stop - columns.start < delta.a.shape[1]:
+            raise UsageError(
+                f"{adapter.source}: DoRA does not run over --tensor-parallel: merge it into its model first"
+            )
+        magnitude = None if delta.magnitude is None else delta.magnitude[rows]
+        deltas[_local_name(name, shard)] = replace(delta, a=delta.a[:, columns], b=delta.b[rows], magnitude=magnitude)
+    return replace(adapter, deltas=deltas)
 
 
 def _skeleton(shard: Shard) -> Transformer:

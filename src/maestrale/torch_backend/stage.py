@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout
+from maestrale.checkpoint.adapter import Adapter
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.memory import keep_freed_memory
 from maestrale.mesh import Shard
+from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import PagedCache
 from maestrale.torch_backend.load import DTYPES
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
+from maestrale.torch_backend.runner import memory_errors
 from maestrale.torch_backend.shard import Sum, load_shard
+from maestrale.torch_backend.watch import Watch
 
 
 class TorchStage:
     """One rank's layers and its cache of them, on one device."""
 
-    def __init__(self, model: Transformer, shard: Shard, layout: CacheLayout):
+    def __init__(self, model: Transformer, shard: Shard, layout: CacheLayout, adapters: Adapters | None):
         parameter = next(model.parameters())
+        self.adapters = adapters
         self.model, self.shard, self.dtype, self.device = model, shard, parameter.dtype, parameter.device
         self.cache = PagedCache(shard.local_config, layout, self.dtype, self.device, sdpa.attend)
 
@@ -29,15 +37,21 @@ class TorchStage:
         return torch.empty(count, self.shard.config.dim, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
-    def compute(self, batch: Batch, hidden_TD: torch.Tensor | None) -> torch.Tensor:
+    def compute(self, batch: Batch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor, NDArray[np.int16] | None]:
         tokens_T, positions_T, rows_N = (
             torch.from_numpy(array).to(self.device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
         )
         x_TD = tokens_T if hidden_TD is None else hidden_TD
         attend = self.cache.begin(batch)
-        if self.shard.last:
-            return self.model(x_TD, positions_T, attend, rows_N)
-        return self.model.hidden_states(x_TD, positions_T, attend)
+        if self.adapters is not None:
+            self.adapters.begin(batch, self.device)
+        watch = Watch(self.model) if batch.experts and self.shard.config.moe else None
+        with memory_errors(), watch or nullcontext():
+            if self.shard.last:
+                out = self.model(x_TD, positions_T, attend, rows_N)
+            else:
+                out = self.model.hidden_states(x_TD, positions_T, attend)
+        return out, watch.experts(rows_N) if watch else None
 
 
 def open_stage(
@@ -48,8 +62,9 @@ def open_stage(
     device: str,
     total: Sum,
     progress: Callable[[int, int], None],
+    adapters: Sequence[Adapter] = (),
 ) -> TorchStage:
     """This rank's part of the checkpoint on `device`, computing in `dtype`. total: the sum over a stage's shards."""
     keep_freed_memory()
-    model = load_shard(checkpoint, shard, DTYPES[dtype], torch.device(device), total, progress)
-    return TorchStage(model, shard, layout)
+    model, adapted = load_shard(checkpoint, shard, DTYPES[dtype], torch.device(device), total, progress, adapters)
+    return TorchStage(model, shard, layout, adapted)

@@ -34,7 +34,7 @@ class Watch:
             hook.remove()
 
     def experts(self, rows_N: torch.Tensor) -> NDArray[np.int16]:
-        """int16 [N, layers, K]: the choices of the wanted rows; the last layer has computed no others."""
-        scores = [*(scores_TE[rows_N] for scores_TE in self._scores[:-1]), self._scores[-1]]
+        """int16 [N, layers, K]: the choices of the wanted rows; a model's last layer has computed no others."""
+        scores = [scores if len(scores) == len(rows_N) else scores[rows_N] for scores in self._scores]
         chosen = [route(s_NE, mixture.n_chosen)[1] for s_NE, mixture in zip(scores, self._mixtures, strict=True)]
         return torch.stack(chosen, dim=1).to(torch.int16).cpu().numpy()
