@@ -10,16 +10,6 @@ _CACHE_SHARE = 0.5  # of the memory that is left beside the weights; the rest is
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
-def give_back_memory() -> None:
-    """Hands what glibc's heap keeps of freed memory back to the system, holes between what is in use too. Other C
-    libraries: nothing."""
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError):  # Windows, macOS
-        return
-    trim(0)
-
-
 def cache_budget(available: int, weight_bytes: int) -> int:
     """Bytes that a model with `weight_bytes` of weights may use for its cache; 0 where not even the weights fit."""
     return max(0, int(_CACHE_SHARE * (available - weight_bytes)))
