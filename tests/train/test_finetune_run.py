@@ -156,19 +156,16 @@ def test_tensorboard_that_is_not_installed_is_asked_for(made, monkeypatch):
         finetune(made(steps=1, tensorboard=True))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports from torch itself
-@pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex operators")
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of what it imports and does itself
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(made, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler: g++ is not installed")
     found = []
     for compiled in (False, True):
         out = tmp_path / f"compiled-{compiled}"
-        finetune(made(out=str(out), compile=compiled, bf16=False, steps=3))
-        found.append(
-            [line["loss"] for line in read_log(out.with_name(out.name + ".run") / "log.jsonl") if "loss" in line]
-        )
-    assert len(found[0]) == 3
+        finetune(made(out=str(out), compile=compiled, bf16=False, steps=2, heldout=None))
+        found.append([line["loss"] for line in read_log(out.with_name(out.name + ".run") / "log.jsonl")])
+    assert len(found[0]) == 2
     np.testing.assert_allclose(found[1], found[0], atol=1e-4)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from maestrale.checkpoint.writer import atomic_file
 from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, UsageError
+from maestrale.memory import give_back_memory
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import step as steps
 from maestrale.torch_backend.train.objective import Objective
@@ -30,6 +31,7 @@ from maestrale.torch_backend.train.settings import LoopSettings
 from maestrale.torch_backend.train.state import Progress, States
 
 _HELDOUT_ROWS = 64  # of the held-out data, looked at now and then
+_TRIM_EVERY = 10  # steps: batches differ in how many tokens they learn, and holes of all sizes fill the heap
 
 
 class Run:
@@ -123,6 +125,8 @@ class Run:
                     f"{self.states.kept()}; lower lr"
                 )
             report.step(step + 1, learnt, optimizer.param_groups[0]["lr"])
+            if (step + 1) % _TRIM_EVERY == 0:
+                give_back_memory()
             last = step + 1 == settings.steps
             looks = (step + 1) % settings.heldout_every == 0
             if heldout is not None and ((last and keep_best) or (looks and not last)):
