@@ -7,12 +7,14 @@ from live import LONG, eventually, open_request, read_all, read_events
 
 from maestrale import LLM, SamplingParams
 
+SLOW = LONG | {"temperature": 1.5, "seed": 1, "top_p": 0.99}  # drawn, so that no draft foretells it: 0.3 s and more
+
 
 def test_a_full_queue_answers_429_with_retry_after(start):
     server = start("--max-sequences", 1, "--max-queue", 2)
-    running = open_request(server, "/v1/completions", LONG)
+    running = open_request(server, "/v1/completions", SLOW)
     eventually(lambda: server.metric("maestrale_engine_running") == 1, 20)
-    waiting = [open_request(server, "/v1/completions", LONG) for _ in range(2)]
+    waiting = [open_request(server, "/v1/completions", SLOW) for _ in range(2)]
     eventually(lambda: server.metric("maestrale_queued_requests") == 2, 20)
     for answer in (server.complete("Once"), server.complete("Once", stream=True), server.chat("Hello")):
         assert (answer.status, answer.error["type"]) == (429, "rate_limit_error")
@@ -69,8 +71,8 @@ def test_where_pages_run_out_texts_are_the_same(start, bytes_folder):
 
 def test_silence_is_broken_by_pings(bytes_folder, start):
     """One sequence at a time: the second stream is silent until the first is done."""
-    server = start("--max-sequences", 1, "--ping", 0.05)
-    first = open_request(server, "/v1/completions", LONG)
+    server = start("--max-sequences", 1, "--ping", 0.02)
+    first = open_request(server, "/v1/completions", SLOW)
     eventually(lambda: server.metric("maestrale_engine_running") == 1, 20)
     second = open_request(server, "/v1/completions", LONG | {"stream": True, "max_tokens": 2})
     content = read_all(second)

@@ -53,4 +53,4 @@ def test_what_is_freed_goes_back_to_the_system():
     of_threads, with_holes, tended = kept("prepared")
     assert of_threads < 12  # MiB: the 8 that may stay, and what the interpreter took
     assert with_holes - tended > 30
-    assert kept("as it is")[0] > 20
+    assert kept("as it is")[0] > 12  # an array of 16 MiB in some heap
