@@ -20,8 +20,11 @@ class CTranslate2:
     settings = "generate_batch, flash attention off"
 
     def __init__(self, model: Path, weights: str, threads: int, sequences: int, length: int):
+        compute = COMPUTE[weights]
+        if weights == "int8" and compute not in ctranslate2.get_supported_compute_types("cpu"):
+            compute = "int8_float32"  # what it has on a processor on which it has no bfloat16
         self.generator = ctranslate2.Generator(
-            str(model), device="cpu", compute_type=COMPUTE[weights], inter_threads=1, intra_threads=threads
+            str(model), device="cpu", compute_type=compute, inter_threads=1, intra_threads=threads
         )
         self.pieces = json.loads((model / "vocabulary.json").read_text())
         self.length = length
