@@ -1,6 +1,6 @@
-"""How soon greedy text goes round in circles: repeated 4-grams and loops in 200 tokens after each of 20 openings.
+"""How soon text, greedy or drawn, goes round in circles: repeated 4-grams and loops in 200 tokens after 20 openings.
 
-    python bench/loops.py [MODEL …] [--tokens 200] [--backend native] [--chat]
+    python bench/loops.py [MODEL …] [--tokens 200] [--backend native] [--chat] [--temperature 0.7]
 
 Per model: rep-4, the share of 4-grams of tokens that stood in the same continuation before (seq-rep-4 of Welleck et
 al., arXiv 1908.04319, section 5); how many continuations run into a loop, and after how many tokens half of those have.
@@ -75,13 +75,13 @@ def first_loop(ids: Sequence[int]) -> int | None:
     return None
 
 
-def measure(name: str, tokens: int, backend: str, chat: bool) -> dict[str, object]:
+def measure(name: str, tokens: int, backend: str, chat: bool, temperature: float) -> dict[str, object]:
     llm = LLM(name, backend=backend, max_len=1024)
     if chat:
-        params = SamplingParams(max_tokens=tokens, temperature=0)
+        params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=0)
         replies = [llm.chat([{"role": "user", "content": text}], params) for text in ASKED]
     else:
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens, temperature=temperature, seed=0, ignore_eos=True)
         replies = llm.generate(list(OPENINGS), params)
     found = [list(reply.token_ids) for reply in replies]
     loops = [first_loop(ids) for ids in found]
@@ -101,8 +101,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--chat", action="store_true")
-    arguments = parser.parse_args()
-    rows = [measure(name, arguments.tokens, arguments.backend, arguments.chat) for name in arguments.models]
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: drawn text, seed 0")
+    given = parser.parse_args()
+    rows = [measure(name, given.tokens, given.backend, given.chat, given.temperature) for name in given.models]
     for row in rows:
         when = "" if row["median_first_loop"] is None else f", half of those by token {row['median_first_loop']:.0f}"
         print(f"{row['model']}: rep-4 {row['rep_4']:.3f}; {row['looping']} of {row['of']} loop{when}")

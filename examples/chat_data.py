@@ -195,8 +195,8 @@ def check(model: str, requests: Path, seed: int) -> None:
     from maestrale import LLM, SamplingParams
 
     llm = LLM(model, max_len=1024)
-    right = 0
-    for request in json.loads(requests.read_text(encoding="utf-8")):
+    asked, right = json.loads(requests.read_text(encoding="utf-8")), 0
+    for request in asked:
         params = SamplingParams(max_tokens=400, temperature=0.7, top_p=0.9, seed=seed)
         reply = llm.chat([{"role": "user", "content": request["request"]}], params)
         title, _, story = reply.text.partition("\n\n")
@@ -204,7 +204,7 @@ def check(model: str, requests: Path, seed: int) -> None:
         right += times >= 2 and ended
         words = " ".join(story.split())
         print(f"{request['noun']:12} {times:2} times, {'ended' if ended else 'cut off'}: {title[22:40]}: {words[:80]}")
-    print(f"{right} of {_REQUESTS} ended by themselves and hold what was asked for twice or more, the first line apart")
+    print(f"{right} of {len(asked)} ended by themselves and hold what was asked for twice or more, the first line apart")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ def world() -> tuple[int, int, int]:
     ):
         if size in os.environ:
             try:
-                return tuple(int(os.environ[name]) for name in (rank, size, local))  # type: ignore[return-value]
+                return int(os.environ[rank]), int(os.environ[size]), int(os.environ[local])
             except (KeyError, ValueError):
                 raise UsageError(f"{rank}, {size} and {local} must all be whole numbers: start with torchrun") from None
     return 0, 1, 0
