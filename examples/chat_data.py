@@ -204,7 +204,9 @@ def check(model: str, requests: Path, seed: int) -> None:
         right += times >= 2 and ended
         words = " ".join(story.split())
         print(f"{request['noun']:12} {times:2} times, {'ended' if ended else 'cut off'}: {title[22:40]}: {words[:80]}")
-    print(f"{right} of {len(asked)} ended by themselves and hold what was asked for twice or more, the first line apart")
+    print(
+        f"{right} of {len(asked)} ended by themselves and hold what was asked for twice or more, the first line apart"
+    )
 
 
 def main() -> None:
