@@ -60,11 +60,12 @@ def learning_rate(settings: LoopSettings, step: int) -> float:
 def keep_less(model: Transformer, settings: LoopSettings) -> None:
     """In place: what a norm or a gate works out in between is not kept for the gradient but computed again, which
     takes no time to speak of; with `checkpointing`, nothing inside a block is kept. Compiled parts see to that alone.
+    From outside, by new methods, since the model knows no mode of training.
     """
     again = functools.partial(functools.partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for module in model.modules():
         if isinstance(module, RMSNorm) and not settings.compile:
-            module.forward = again(functools.partial(_as_read, module.forward))  # type: ignore[method-assign]  # from outside: the model has no mode
+            module.forward = again(functools.partial(_as_read, module.forward))  # type: ignore[method-assign]
         elif isinstance(module, FeedForward) and not settings.compile:
             module.gated = again(module.gated)
         elif isinstance(module, Block) and settings.checkpointing:
