@@ -242,7 +242,9 @@ def _link(options: Options) -> Link | None:
                 f"torchrun --nproc-per-node {count} -m maestrale …"
             )
         return None
-    from maestrale.parallel.launcher import world
+    from maestrale.parallel.launcher import hush_torch, world
+
+    hush_torch()
     from maestrale.parallel.link import Link
 
     size = world()[1]
