@@ -113,3 +113,6 @@ def test_a_request_that_takes_too_long_is_cancelled(start):
     assert len(events) > 2
     assert events[-1]["error"]["type"] == "timeout_error"
     eventually(lambda: server.pages_used() == 0, 5)  # after the step that is under way
+    many = {"input": ["x" * 1000] * 1000}
+    assert server.post("/v1/embeddings", many).error["type"] == "timeout_error"
+    assert server.complete("Once").status == 200
