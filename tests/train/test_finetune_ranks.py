@@ -46,10 +46,22 @@ def torchrun(script, settings, at, how) -> subprocess.CompletedProcess:
     )
 
 
+# What bf16 products of half a step's rows may differ by from those of all of them: an eighth of a last bit of a loss
+# near 6, and for weights that move by 3e-3 a step, some of a step where a gradient is next to nothing.
+_EXACT, _BF16 = (1e-4, 1e-4), (4e-3, 4e-3)
+
+
 @pytest.mark.parametrize(
-    ("method", "config"), [("full", MIXTURE), ("lora", WINDOWED)], ids=["full-mixture", "lora-windowed"]
+    ("method", "config", "bf16", "errors"),
+    [
+        ("full", MIXTURE, False, _EXACT),
+        ("lora", WINDOWED, False, _EXACT),
+        ("dora", WINDOWED, False, _EXACT),
+        ("lora", WINDOWED, True, _BF16),
+    ],
+    ids=["full-mixture", "lora-windowed", "dora-windowed", "lora-on-bf16"],
 )
-def test_two_ranks_have_the_losses_and_weights_of_one(method, config, tmp_path):
+def test_two_ranks_have_the_losses_and_weights_of_one(method, config, bf16, errors, tmp_path):
     folder = make_folder(tmp_path / "model", replace(config, vocab_size=288))
     write_tekken(folder)
     lines = [{"text": f"{'the bora blows ' * (1 + i % 3)}{i}"} for i in range(16)]
@@ -64,7 +76,7 @@ def test_two_ranks_have_the_losses_and_weights_of_one(method, config, tmp_path):
         steps=6,
         seq_len=64,
         batch_size=4,
-        bf16=False,
+        bf16=bf16,
         lr=3e-3,
         warmup_steps=1,
         log_every=1,
@@ -83,8 +95,8 @@ def test_two_ranks_have_the_losses_and_weights_of_one(method, config, tmp_path):
     for name in ("loss", "heldout_nats_per_token"):
         ours, theirs = ([line[name] for line in lines if name in line] for lines in (found, expected))
         assert len(theirs) == (6 if name == "loss" else 2)
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=errors[0])
     file = "consolidated.safetensors" if method == "full" else "adapter_model.safetensors"
     weights = load_file(tmp_path / "one" / file)
     for name, tensor in load_file(tmp_path / "two" / file).items():
-        np.testing.assert_allclose(tensor, weights[name], atol=1e-4)
+        np.testing.assert_allclose(tensor, weights[name], rtol=0, atol=errors[1], err_msg=name)
