@@ -85,6 +85,12 @@ class Tokenizer:
         published = vocabulary.chat_version == "v1" and vocabulary.size == V1_SIZE
         return "[INST]" in vocabulary.controls or published or told
 
+    @property
+    def name_that_chats(self) -> str:
+        """What its file is to be called once a model has learnt to chat with it: tokenizer.model.v1."""
+        named = self.chats or self.kind in ("tekken", "hf")
+        return self.path.name if named else f"{self.path.name}.{self._vocabulary.chat_version}"
+
     def piece(self, token_id: int) -> bytes:
         """What a token shows within a text, perhaps a part of a character; the name of one that shows nothing."""
         shown = self._vocabulary.pieces.shown[token_id]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from maestrale.checkpoint.adapter import Adapter, write_adapter
 from maestrale.checkpoint.classifier import write_classifier
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
-from maestrale.checkpoint.writer import atomic_folder, save_checkpoint
+from maestrale.checkpoint.writer import atomic_folder, copy_file, save_checkpoint
 from maestrale.errors import DataError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory
 from maestrale.plan import count_parameters
@@ -59,6 +60,7 @@ class _Data:
     samples: int
     cut: int
     left_out: int
+    chats: bool  # whether there are conversations to learn
 
 
 def finetune(
@@ -87,6 +89,11 @@ def finetune(
                     f"{data.cut + data.left_out} of {data.samples} samples are longer than seq_len = "
                     f"{settings.seq_len}: {data.cut} texts are cut, {data.left_out} others left out"
                 )
+            path, chat_name = tokenizer.path, tokenizer.name_that_chats if data.chats else tokenizer.path.name
+            if chat_name != path.name and settings.method != "full":
+                notice(
+                    f"{path}: its name tells no form of chats: for merged weights to chat, call it {chat_name} there"
+                )
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
             labels = data.train.labels if isinstance(data.train, Classes) else ()
@@ -109,7 +116,7 @@ def finetune(
                 heldout_accuracy=_accuracy(model, data.heldout, settings),
             )
             ranks.rest(model)
-            _export(model, checkpoint, settings, run, result, labels, force)
+            _export(model, checkpoint, settings, run, result, labels, {path: chat_name}, force)
     return result
 
 
@@ -160,7 +167,8 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
         if settings.own is not None:
             own, _ = pack_samples(require_samples(settings.own, tokenizer, settings.task), settings.seq_len)
         objective = language(packed, own, settings.own_share)
-        return _Data(objective, test, len(train), too_long.cut, len(too_long.left_out))
+        chats = any(sample.whole for sample in train)
+        return _Data(objective, test, len(train), too_long.cut, len(too_long.left_out), chats)
     kept = [sample for sample in train if _length(sample) <= settings.seq_len]
     test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
     if not kept:
@@ -168,14 +176,15 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
     left_out = len(train) - len(kept)
     if settings.task == "dpo":
         pairs = Preferences(kept, settings.beta)
-        return _Data(pairs, Preferences(test_kept, settings.beta) if test_kept else None, len(train), 0, left_out)
+        test_pairs = Preferences(test_kept, settings.beta) if test_kept else None
+        return _Data(pairs, test_pairs, len(train), 0, left_out, chats=True)
     labels = sorted({sample.label for sample in kept})
     if len(labels) < 2:
         raise DataError(f"{settings.train}: one label, {labels[0]!r}, in all samples; expected two or more")
     if strange := [f"{settings.heldout}:{s.line}: {s.label!r}" for s in test_kept if s.label not in labels]:
         raise DataError(f"labels that {settings.train} does not hold: {', '.join(strange[:10])}")
     test_classes = Classes(test_kept, labels) if test_kept else None
-    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out)
+    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out, chats=False)
 
 
 def _length(sample: Any) -> int:
@@ -204,9 +213,10 @@ def _export(
     run: Run,
     result: FinetuneResult,
     labels: Any,
+    names: Mapping[Path, str],
     force: bool,
 ) -> None:
-    """The first rank writes; all must help to put its parts together."""
+    """The first rank writes; all must help to put its parts together. names: of files that get another one."""
     adapter = None if settings.method == "full" else lora.to_adapter(model, run.ranks.whole)
     whole = {name: run.ranks.whole(p) for name, p in model.named_parameters() if p.requires_grad}
     if not run.ranks.first:
@@ -218,6 +228,10 @@ def _export(
             (partial / "README.md").write_text(card, encoding="utf-8")
         return
     files = [path for path in sorted(checkpoint.folder.iterdir()) if is_tokenizer_file(path.name)]
+    for i, path in enumerate(files):
+        if (name := names.get(path, path.name)) != path.name:
+            files[i] = run.folder / name
+            copy_file(path, files[i])
     (run.folder / "README.md").write_text(card, encoding="utf-8")
     files.append(run.folder / "README.md")
     if settings.task == "classify":
