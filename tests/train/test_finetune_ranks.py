@@ -1,4 +1,7 @@
-"""Fine-tuning on two ranks under torchrun: the losses and weights of one, stopped and resumed on the way."""
+"""Fine-tuning on two ranks under torchrun: the losses and weights of one, stopped and resumed on the way.
+
+In bf16 too, since a micro-batch is what goes through the model, on one rank or the other; bf16 and fp32 differ by more.
+"""
 
 from __future__ import annotations
 
@@ -46,22 +49,12 @@ def torchrun(script, settings, at, how) -> subprocess.CompletedProcess:
     )
 
 
-# What bf16 products of half a step's rows may differ by from those of all of them: an eighth of a last bit of a loss
-# near 6, and for weights that move by 3e-3 a step, some of a step where a gradient is next to nothing.
-_EXACT, _BF16 = (1e-4, 1e-4), (4e-3, 4e-3)
-
-
 @pytest.mark.parametrize(
-    ("method", "config", "bf16", "errors"),
-    [
-        ("full", MIXTURE, False, _EXACT),
-        ("lora", WINDOWED, False, _EXACT),
-        ("dora", WINDOWED, False, _EXACT),
-        ("lora", WINDOWED, True, _BF16),
-    ],
+    ("method", "config", "bf16"),
+    [("full", MIXTURE, False), ("lora", WINDOWED, False), ("dora", WINDOWED, False), ("lora", WINDOWED, True)],
     ids=["full-mixture", "lora-windowed", "dora-windowed", "lora-on-bf16"],
 )
-def test_two_ranks_have_the_losses_and_weights_of_one(method, config, bf16, errors, tmp_path):
+def test_two_ranks_have_the_losses_and_weights_of_one(method, config, bf16, tmp_path):
     folder = make_folder(tmp_path / "model", replace(config, vocab_size=288))
     write_tekken(folder)
     lines = [{"text": f"{'the bora blows ' * (1 + i % 3)}{i}"} for i in range(16)]
@@ -95,8 +88,8 @@ def test_two_ranks_have_the_losses_and_weights_of_one(method, config, bf16, erro
     for name in ("loss", "heldout_nats_per_token"):
         ours, theirs = ([line[name] for line in lines if name in line] for lines in (found, expected))
         assert len(theirs) == (6 if name == "loss" else 2)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=errors[0])
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
     file = "consolidated.safetensors" if method == "full" else "adapter_model.safetensors"
     weights = load_file(tmp_path / "one" / file)
     for name, tensor in load_file(tmp_path / "two" / file).items():
-        np.testing.assert_allclose(tensor, weights[name], rtol=0, atol=errors[1], err_msg=name)
+        np.testing.assert_allclose(tensor, weights[name], rtol=0, atol=1e-4, err_msg=name)

@@ -86,10 +86,10 @@ class Tokenizer:
         return "[INST]" in vocabulary.controls or published or told
 
     @property
-    def name_that_chats(self) -> str:
-        """What its file is to be called once a model has learnt to chat with it: tokenizer.model.v1."""
-        named = self.chats or self.kind in ("tekken", "hf")
-        return self.path.name if named else f"{self.path.name}.{self._vocabulary.chat_version}"
+    def untold_form(self) -> str | None:
+        """The ending (v1) that its file's name must get (tokenizer.model.v1) where a model has learnt to chat with it;
+        None where it tells the form of chats already."""
+        return None if self.chats or self.kind in ("tekken", "hf") else self._vocabulary.chat_version
 
     def piece(self, token_id: int) -> bytes:
         """What a token shows within a text, perhaps a part of a character; the name of one that shows nothing."""

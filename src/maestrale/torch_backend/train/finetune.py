@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,15 @@ from torch import nn
 
 from maestrale.checkpoint.adapter import Adapter, write_adapter
 from maestrale.checkpoint.classifier import write_classifier
+from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
-from maestrale.checkpoint.writer import atomic_folder, copy_file, save_checkpoint
+from maestrale.checkpoint.writer import atomic_folder, save_checkpoint
 from maestrale.errors import DataError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory
 from maestrale.plan import count_parameters
 from maestrale.text.samples import require_samples
-from maestrale.text.tokenizer import Tokenizer, is_tokenizer_file, load_tokenizer
+from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 from maestrale.torch_backend import lora
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
@@ -89,10 +90,11 @@ def finetune(
                     f"{data.cut + data.left_out} of {data.samples} samples are longer than seq_len = "
                     f"{settings.seq_len}: {data.cut} texts are cut, {data.left_out} others left out"
                 )
-            path, chat_name = tokenizer.path, tokenizer.name_that_chats if data.chats else tokenizer.path.name
-            if chat_name != path.name and settings.method != "full":
+            form = tokenizer.untold_form if data.chats else None
+            if form and settings.method != "full":
                 notice(
-                    f"{path}: its name tells no form of chats: for merged weights to chat, call it {chat_name} there"
+                    f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
+                    f"tokenizer.model.{form}"
                 )
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
@@ -116,7 +118,7 @@ def finetune(
                 heldout_accuracy=_accuracy(model, data.heldout, settings),
             )
             ranks.rest(model)
-            _export(model, checkpoint, settings, run, result, labels, {path: chat_name}, force)
+            _export(model, checkpoint, settings, run, result, labels, form, force)
     return result
 
 
@@ -213,10 +215,10 @@ def _export(
     run: Run,
     result: FinetuneResult,
     labels: Any,
-    names: Mapping[Path, str],
+    form: str | None,
     force: bool,
 ) -> None:
-    """The first rank writes; all must help to put its parts together. names: of files that get another one."""
+    """The first rank writes; all must help to put its parts together. form: what tokenizer.model's name is to tell."""
     adapter = None if settings.method == "full" else lora.to_adapter(model, run.ranks.whole)
     whole = {name: run.ranks.whole(p) for name, p in model.named_parameters() if p.requires_grad}
     if not run.ranks.first:
@@ -227,11 +229,13 @@ def _export(
             write_adapter(partial, adapter, checkpoint.config, settings.layout)
             (partial / "README.md").write_text(card, encoding="utf-8")
         return
-    files = [path for path in sorted(checkpoint.folder.iterdir()) if is_tokenizer_file(path.name)]
-    for i, path in enumerate(files):
-        if (name := names.get(path, path.name)) != path.name:
-            files[i] = run.folder / name
-            copy_file(path, files[i])
+    beside = run.folder / "tokenizer"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    write_companions(checkpoint.folder, beside, 0)
+    if form and (beside / "tokenizer.model").exists():
+        (beside / "tokenizer.model").rename(beside / f"tokenizer.model.{form}")
+    files = sorted(beside.iterdir())
     (run.folder / "README.md").write_text(card, encoding="utf-8")
     files.append(run.folder / "README.md")
     if settings.task == "classify":
