@@ -19,6 +19,7 @@ from maestrale.errors import MemoryLimitError, UsageError
 from maestrale.memory import keep_freed_memory
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
+from maestrale.torch_backend.draw import answer
 from maestrale.torch_backend.embed import embed
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
@@ -28,7 +29,8 @@ from maestrale.torch_backend.watch import Watch
 
 
 class TorchRunner:
-    """A model, its cache and its adapters on one device."""
+    """A model, its cache and its adapters on one device. On a GPU it draws tokens itself, as logits are far to carry;
+    the CPU's numpy is as fast at that as its torch."""
 
     def __init__(
         self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend, adapters: Sequence[Adapter] = ()
@@ -36,6 +38,7 @@ class TorchRunner:
         weight = model.norm.weight
         self.adapters = Adapters(model, adapters) if adapters else None
         self.model, self._layout = model, layout
+        self.draws = weight.device.type != "cpu"
         with memory_errors():
             self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
 
@@ -53,7 +56,7 @@ class TorchRunner:
         watch = Watch(self.model) if batch.experts and self.model.config.moe else None
         with memory_errors(), watch or nullcontext():
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
-            return StepOutput(logits_NV.cpu().numpy(), watch.experts(rows_N) if watch else None)
+            return answer(logits_NV, batch.draws, watch.experts(rows_N) if watch else None)
 
     def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
         """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
