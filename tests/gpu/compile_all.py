@@ -84,13 +84,14 @@ def main() -> None:
     configs = {
         "7B": (ModelConfig(*large, (None,)), torch.bfloat16),
         "7B W": (ModelConfig(*large, (4096,)), torch.float16),
+        "7B, fp8 cache": (ModelConfig(*large, (None,)), torch.bfloat16),
         "8x7B": (ModelConfig(*large, (None,), moe=MoeConfig(8, 2)), torch.bfloat16),
         "small": (ModelConfig(96, 1, 24, 160, 6, 2, 512, 1e-5, 1e4, (40,), moe=MoeConfig(4, 2)), torch.float32),
     }
     for name, (config, dtype) in configs.items():
         model = Transformer(config).to(dtype).requires_grad_(False)
         layout = CacheLayout(16, 4096, 2048, config.windows, (256,), (1024,))
-        cache = PagedCache(config, layout, dtype, meta, None)
+        cache = PagedCache(config, layout, dtype, meta, None, fp8="fp8 cache" in name)
         fused = FusedTransformer(model)
         for tokens, decode in ((1, True), (64, True), (2048, False)):
             label, whole = (

@@ -33,14 +33,19 @@ class TorchRunner:
     the CPU's numpy is as fast at that as its torch."""
 
     def __init__(
-        self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend, adapters: Sequence[Adapter] = ()
+        self,
+        model: Transformer,
+        layout: CacheLayout,
+        kernel: Kernel = sdpa.attend,
+        adapters: Sequence[Adapter] = (),
+        fp8_cache: bool = False,
     ):
         weight = model.norm.weight
         self.adapters = Adapters(model, adapters) if adapters else None
         self.model, self._layout = model, layout
         self.draws = weight.device.type != "cpu"
         with memory_errors():
-            self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
+            self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel, fp8_cache)
 
     @property
     def layout(self) -> CacheLayout:
@@ -93,11 +98,13 @@ def open_runner(
     hidden: bool = False,
     head: NDArray[np.float32] | None = None,
     fp8: bool = False,
+    fp8_cache: bool = False,
 ) -> Runner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
 
     hidden: give what the output layer would read [N, dim] in place of logits. head: another output layer [n, dim].
     fp8: round the linear layers' weights to it. UsageError where the device or the model has no kernels for that.
+    fp8_cache: keep keys and values in it.
     """
     place, kernels = torch.device(device), choose_kernels(torch.device(device))
     if fp8 and kernels != "triton":
@@ -125,5 +132,5 @@ def open_runner(
     if kernels == "triton":
         from maestrale.torch_backend.triton.runner import TritonRunner
 
-        return TritonRunner(model, layout, adapters)
-    return TorchRunner(model, layout, adapters=adapters)
+        return TritonRunner(model, layout, adapters, fp8_cache)
+    return TorchRunner(model, layout, adapters=adapters, fp8_cache=fp8_cache)

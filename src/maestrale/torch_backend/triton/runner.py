@@ -22,10 +22,12 @@ class TritonRunner:
     """A model and its cache on one device. What these kernels do not do (adapters, the experts of a row, a text as one
     vector) goes through a TorchRunner on the same weights and the same cache."""
 
-    def __init__(self, model: Transformer, layout: CacheLayout, adapters: Sequence[Adapter] = ()):
+    def __init__(
+        self, model: Transformer, layout: CacheLayout, adapters: Sequence[Adapter] = (), fp8_cache: bool = False
+    ):
         with memory_errors():
             self._fused = FusedTransformer(model)
-        self._plain = TorchRunner(model, layout, adapters=adapters)
+        self._plain = TorchRunner(model, layout, adapters=adapters, fp8_cache=fp8_cache)
         self.model, self.cache, self._decodes = model, self._plain.cache, dict[int, DecodeStep]()
         device = self.cache.device
         gpu = device.type == "cuda"
