@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from maestrale.batch import Batch, CacheLayout
+from maestrale.batch import Batch, CacheLayout, Draws
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.triton.packed import PackedLinear
@@ -44,10 +44,11 @@ def mixed(size: int, context: int, count: int) -> tuple[list[int], list[int]]:
 
 
 def decode_batch(config: ModelConfig, layout: CacheLayout, size: int, context: int) -> Batch:
-    """One token each, at position `context`; the cache's pages hold whatever they hold."""
+    """One token each, at position `context`, and a greedy one to come; the cache's pages hold whatever they hold."""
     ids = np.random.default_rng(size).integers(3, config.vocab_size, size)
+    greedy = Draws(np.tile([0.0, 0, 0, 1, 0], (size, 1)), np.empty((0, 3)))
     return Batch(ids, np.full(size, context), np.arange(size + 1), tables(layout, size), no_copies(layout),
-                 np.arange(size))  # fmt: skip
+                 np.arange(size), draws=greedy)  # fmt: skip
 
 
 def chunk_batch(config: ModelConfig, layout: CacheLayout, count: int, length: int, start: int = 0) -> Batch:
