@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import linear, silu
 
 from maestrale.batch import Batch, CacheLayout
@@ -21,7 +22,8 @@ from maestrale.torch_backend.ops import reference
 from maestrale.torch_backend.ops.groups import FP8, gather
 from maestrale.torch_backend.triton.attention import attend
 from maestrale.torch_backend.triton.experts import experts, group
-from maestrale.torch_backend.triton.packed import from_packed, to_fp8
+from maestrale.torch_backend.triton.packed import PackedLinear, from_packed, to_fp8
+from maestrale.torch_backend.triton.packed_experts import PackedStack
 from maestrale.torch_backend.triton.rows import norm, silu_product, turn_and_keep
 from maestrale.torch_backend.triton.tiles import deal
 
@@ -67,17 +69,29 @@ def _attention(
     return check
 
 
-def _experts(n_tokens: int) -> Callable[[torch.device, bool], Result]:
+def _experts(n_tokens: int, packed: bool = False) -> Callable[[torch.device, bool], Result]:
     def check(device: torch.device, tiny: bool) -> Result:
-        D, F = (48, 40) if tiny else (1024, 3584)
+        D, F = (64, 32) if tiny else (1024, 3584)
         layer = MixtureOfExperts(D, 2, (FeedForward(D, F) for _ in range(8)))
         layer = layer.to(device, _dtype(device)).requires_grad_(False)
         x = torch.randn(min(n_tokens, 12) if tiny else n_tokens, D, dtype=_dtype(device), device=device)
-        w13 = torch.stack([torch.stack([e.w1.weight, e.w3.weight]) for e in layer.experts])
-        w2 = torch.stack([e.w2.weight for e in layer.experts])
+        if packed:
+            up = [_int4(part) for e in layer.experts for part in (e.w1, e.w3)]
+            w13, w2 = PackedStack(up), PackedStack([_int4(e.w2) for e in layer.experts])
+        else:
+            w13 = torch.stack([torch.stack([e.w1.weight, e.w3.weight]) for e in layer.experts])
+            w2 = torch.stack([e.w2.weight for e in layer.experts])
         return error(experts(x, w13, w2, group(layer.gate(x), 2)), layer(x)), _allowed(x.dtype)
 
     return check
+
+
+def _int4(layer: nn.Linear) -> PackedLinear:
+    """The layer's weight in int4; it is left with what that stands for."""
+    weight = layer.weight
+    packed = pack_int4(*int4_codes(weight.float().cpu().numpy(), 32))
+    weight.copy_(torch.from_numpy(dequantize(packed)))
+    return from_packed(packed, weight.device, weight.dtype)
 
 
 def _norm(device: torch.device, tiny: bool) -> Result:
@@ -145,6 +159,9 @@ CHECKS: dict[str, Callable[[torch.device, bool], Result]] = {
     "experts, 1 token": _experts(1),
     "experts, 64 tokens": _experts(64),
     "experts, 2,000 tokens": _experts(2000),
+    "experts in int4, 1 token": _experts(1, packed=True),
+    "experts in int4, 64 tokens": _experts(64, packed=True),
+    "experts in int4, 2,000 tokens": _experts(2000, packed=True),
     "norm with residual": _norm,
     "rope and cache write": _rope,
     "rope and fp8 cache write": partial(_rope, fp8=True),

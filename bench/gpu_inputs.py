@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from maestrale.batch import Batch, CacheLayout, Draws
+from maestrale.checkpoint.packed_room import is_linear
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.triton.packed import PackedLinear
@@ -25,7 +26,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 def random_int4(model: Transformer) -> Transformer:
     """Every linear layer's weight replaced, in place, by random int4 codes in groups of 32."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and is_linear(f"{name}.weight"):
             (n, k), device = layer.weight.shape, layer.weight.device
             words = torch.randint(-(1 << 31), 1 << 31, (n // 16, k // 8, 16), dtype=torch.int32, device=device)
             scales = torch.full((n // 16, k // 32, 16), 0.2 * k**-0.5, dtype=torch.float16, device=device)

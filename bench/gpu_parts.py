@@ -152,7 +152,7 @@ class Bench:
         self.report.add(f"{name}: engine, {size} at once", rate, "tokens/s")
 
     def family(self, name: str, config: ModelConfig, least: dict[int, float], sizes: list[int]) -> None:
-        """Decoding by torch's operations and by these kernels, the engine, and a dense model's pre-fill."""
+        """Decoding by torch's operations and by these kernels, the engine; pre-fill, or of a mixture int4."""
         model = random_model(config, self.dtype, self.device)
         layout = self.layout(config, self.context + 128, sizes[-1], 8 if self.tiny else 2048)
         runner: Runner = TorchRunner(model, layout)
@@ -169,6 +169,10 @@ class Bench:
         self.clear()
         if config.moe is None:
             self.prefill(name, model, config)
+            return
+        runner = self.runner(random_int4(model), layout)
+        for size in sizes:
+            self.decode(f"{name} int4", runner, config, size, bits=4.5)
 
     def prefill(self, name: str, model: Transformer, config: ModelConfig) -> None:
         """Prompts of one chunk each, all in one step."""

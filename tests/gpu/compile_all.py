@@ -75,6 +75,7 @@ def main() -> None:
     from maestrale.torch_backend.model import Transformer
     from maestrale.torch_backend.triton.model import FusedTransformer, Step
     from maestrale.torch_backend.triton.packed import PackedLinear, to_fp8
+    from maestrale.torch_backend.triton.packed_experts import PackedStack
     from maestrale.torch_backend.triton.tiles import Tiles, n_splits, tile_queries
 
     global label
@@ -118,6 +119,13 @@ def main() -> None:
     for layer in layers:
         for rows in (1, 64, 65):
             layer(x.bfloat16()[:1].expand(rows, -1).contiguous())
+        stack, counts = PackedStack([layer] * 16), torch.empty(8, dtype=torch.int32)
+        for pairs in (2, 128, 2048):
+            label = f"packed experts, {layer.format}, {pairs} pairs"
+            every = torch.empty(pairs, dtype=torch.int32)
+            rows = max(16, triton.next_power_of_2(pairs // 4))
+            h = stack.up(torch.empty(pairs // 2, 4096, dtype=torch.bfloat16), every, counts, rows)
+            PackedStack([layer] * 8).down(h, every.float(), counts, rows)
 
 
 if __name__ == "__main__":

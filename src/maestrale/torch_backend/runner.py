@@ -111,10 +111,8 @@ def open_runner(
         raise UsageError(
             f"weights fp8: only Triton's kernels have it; {device} runs torch's: set MAESTRALE_KERNELS=triton"
         )
-    if fp8 and checkpoint.config.moe is not None:
-        raise UsageError("weights fp8: a mixture's are computed with as they are; leave it out")
     keep: Callable[[PackedWeight], nn.Module] | None = None
-    if kernels == "triton" and checkpoint.config.moe is None:  # a mixture's grouped products take whole weights
+    if kernels == "triton":
         from maestrale.torch_backend.triton.packed import from_packed  # slow to import, and not everywhere
 
         keep = partial(from_packed, device=place, dtype=DTYPES[dtype])
