@@ -82,8 +82,9 @@ def launch(
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     check_options(options)
     link = _link(options)
-    if link is not None and options.weights == "fp8":
-        raise UsageError("weights fp8 do not run over several ranks: start a single process")
+    for what, form in (("weights fp8 do", options.weights), ("cache fp8 does", options.cache)):
+        if link is not None and form == "fp8":
+            raise UsageError(f"{what} not run over several ranks: start a single process")
     if link is not None and options.output != "logits":
         raise UsageError("embeddings and classes are not computed over several ranks: start a single process")
     together = link.agree if link else _alone
@@ -163,6 +164,7 @@ def launch(
                 hidden=options.output == "hidden",
                 head=head,
                 fp8=weights == "fp8",
+                fp8_cache=options.cache == "fp8",
             )
     engine = Engine(
         runner,
