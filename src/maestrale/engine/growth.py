@@ -75,7 +75,7 @@ class Growth:
         if token in eos_ids:
             return self._finish(sequence, "stop", piece)
         if matcher is not None:
-            matcher.consume(token)
+            matcher.consume(token, ahead=params.temperature > 0)
         sequence.tokens.append(token)
         if sequence.history is not None:
             sequence.history.append(token)
