@@ -62,7 +62,6 @@ class Matcher:
         self.calls_begun = self.finished = False
         self._mask: Mask | None = None
         self._only: int | None = None
-        self._contested = False  # whether a token has been refused since the last one
         mask = self.mask()
         if first is not None:
             self._mask = masks((np.frombuffer(mask.bits, np.uint8) & first).tobytes())
@@ -76,14 +75,10 @@ class Matcher:
 
     def __contains__(self, token: int) -> bool:
         if self._mask is not None:
-            self._contested |= token not in self._mask
             return token in self._mask
         if token == self._eos_id:
-            found = self._matcher.is_accepting()
-        else:
-            found = self._matcher.validate_tokens([token]) == 1 if self._only is None else token == self._only
-        self._contested |= not found
-        return found
+            return self._matcher.is_accepting()
+        return self._matcher.validate_tokens([token]) == 1 if self._only is None else token == self._only
 
     @property
     def ready(self) -> bool:
@@ -100,9 +95,8 @@ class Matcher:
     def consume(self, token: int, ahead: bool = False) -> None:
         """Go on by a token that was allowed. RequestError where the constraint gets too complex.
 
-        ahead: work out all tokens that may come next, as they will be wanted. (So they will be, mostly, where the token
-        before was not the first to be asked for.) What the library looks at lies in the processor's cache now, and no
-        more after the model's next step."""
+        ahead: work out all tokens that may come next, as they will be wanted. What the library looks at lies in the
+        processor's cache now, and no more after the model's next step."""
         matcher = self._matcher
         matcher.consume_token(token)
         self._mask = self._only = None
@@ -115,9 +109,8 @@ class Matcher:
             spelling := matcher.compute_ff_tokens()
         ):  # there is no choice about the text
             self._only = spelling[0]
-        elif ahead or self._contested:
+        elif ahead:
             self._mask = self._all()
-        self._contested = False
 
     def copy(self) -> Matcher:
         twin = object.__new__(Matcher)
