@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _KEPT = 64  # compiled constraints of a tokenizer
-_MASKS = 32  # sets of tokens that are kept ready: within a string, say, each token may be followed by the same ones
+_MASKS = 32  # sets of tokens that are kept ready: few differ
 _LEXER_FUEL = 300_000  # the library's own unit of work: (a{1000}){1000} is given up after half a second
 # Between the parts of JSON: a space, or a new line and its indentation; never an endless run of blanks.
 _JSON_SPACE = r"\x20|\n[\x20\t]{0,16}"
@@ -61,6 +61,7 @@ class Matcher:
         self._calls_id = vocabulary.controls.get("[TOOL_CALLS]") if constraint.calls else None
         self.calls_begun = self.finished = False
         self._mask: Mask | None = None
+        self._last: Mask | None = None  # that was worked out
         self._only: int | None = None
         mask = self.mask()
         if first is not None:
@@ -119,7 +120,12 @@ class Matcher:
         return twin
 
     def _all(self) -> Mask:
-        return self._masks(self._matcher.compute_bitmask()[: self._bytes])
+        bits = self._matcher.compute_bitmask()[: self._bytes]
+        if (
+            self._last is None or bits != self._last.bits
+        ):  # within a string, say, each token may be followed by the same
+            self._last = self._masks(bits)
+        return self._last
 
     def _stop(self) -> None:
         if self._matcher.is_error() or not self._matcher.is_accepting():

@@ -113,7 +113,7 @@ def sample(
             return only
         if params.temperature == 0:
             return _likeliest(x, best, allowed)
-        ids, x, best = _best_of(x, allowed)
+        ids, x, best = _best_of(x, best, allowed)
     if params.temperature != 0:
         best = _draw(x, float(x[best]), params, uniform(seed, sample_index, index))
     return best if ids is None else int(ids[best])
@@ -199,13 +199,16 @@ def _likeliest(x: NDArray, best: int, allowed: Allowed) -> int:
         _check_peak(x[best])
         if best in allowed:
             return best
-    ids, x, best = _best_of(x, allowed)
+    ids, x, best = _best_of(x, best, allowed)
     return best if ids is None else int(ids[best])
 
 
-def _best_of(x: NDArray, allowed: Allowed) -> tuple[NDArray[np.int64] | None, NDArray, int]:
-    """The survivors of `Mask`, and where the largest logit lies among them."""
-    ids, x = allowed.mask().survivors(x)
+def _best_of(x: NDArray, best: int, allowed: Allowed) -> tuple[NDArray[np.int64] | None, NDArray, int]:
+    """The survivors of `Mask`, and where the largest logit lies among them. best: where it lies among all."""
+    mask = allowed.mask()
+    ids, x = mask.survivors(x)
+    if ids is None and best in mask:
+        return ids, x, best
     best = int(x.argmax()) if x.size else 0
     _check_peak(x[best] if x.size else -np.inf)
     return ids, x, best
