@@ -18,7 +18,9 @@ from tiny import DENSE, MIXTURE, make_folder, write_tekken
 
 from maestrale import LLM
 from maestrale.checkpoint.adapter import open_adapter
-from maestrale.errors import DataError, MaestraleError, MemoryLimitError, UsageError
+from maestrale.checkpoint.gguf_writer import convert_to_gguf
+from maestrale.errors import DataError, DiskError, MaestraleError, MemoryLimitError, UsageError
+from maestrale.launch import BUNDLED
 from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.train import loop
 from maestrale.torch_backend.train.finetune import finetune
@@ -119,6 +121,36 @@ def test_full_fine_tuning_writes_a_model_with_its_tokenizer(model, made, tmp_pat
     completion = llm.chat([{"role": "user", "content": "fox?"}])
     assert completion.token_ids
     assert result.learnable == sum(t.numel() for t in load_file(tmp_path / "out/consolidated.safetensors").values())
+
+
+def test_a_model_that_learnt_to_chat_says_so_by_its_tokenizers_name(made, tmp_path):
+    """The bundled base model's own tokenizer has no tokens for turns."""
+    base, told = str(BUNDLED / "stories"), []
+    finetune(replace(made(method="full", steps=1), model=base), notice=told.append)
+    assert not told
+    assert LLM(tmp_path / "out", max_len=8).tokenizer.chats
+    assert not (tmp_path / "out/tokenizer.model").exists()
+    finetune(replace(made(steps=1, out=str(tmp_path / "adapter")), model=base), notice=told.append)
+    assert len(told) == 1
+    assert told[0].startswith(f"{BUNDLED}/stories/tokenizer.model: tells no form of chats")
+    assert told[0].endswith("call their tokenizer.model tokenizer.model.v1")
+    with pytest.warns(UserWarning, match="no window"):
+        convert_to_gguf(base, tmp_path / "base.gguf", "bf16")  # a file that holds its vocabulary itself
+    whole = made(method="full", steps=1, out=str(tmp_path / "whole"))
+    finetune(replace(whole, model=str(tmp_path / "base.gguf")))
+    assert LLM(tmp_path / "whole", max_len=8).tokenizer.chats
+    settings = made(method="full", steps=1, out=str(tmp_path / "text"))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "A fox."}) + "\n")
+    finetune(replace(settings, model=base, heldout=None))
+    assert not LLM(tmp_path / "text", max_len=8).tokenizer.chats
+
+
+def test_a_disk_too_small_for_the_states_is_told_of_before_anything_is_learnt(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(loop.steps, "learn", None)
+    with pytest.raises(DiskError, match=r"out\.run: needs .* has 1,000 free"):
+        finetune(made())
+    assert not (tmp_path / "out").exists()
 
 
 def test_parquet_rows_train_as_json_lines_do(made, tmp_path):
@@ -226,7 +258,7 @@ def test_the_best_weights_are_written_not_the_last(made, tmp_path):
     assert result.heldout_loss == pytest.approx(looks[4], abs=1e-5)
 
 
-def test_stopped_by_ctrl_c_and_resumed_the_weights_are_those_of_one_run(made, tmp_path, monkeypatch):
+def test_stopped_by_ctrl_c_and_resumed_the_weights_are_those_of_one_run(made, tmp_path, monkeypatch, capsys):
     finetune(made(out=str(tmp_path / "whole")))
     settings, learn, calls = made(), loop.steps.learn, []
 
@@ -240,6 +272,7 @@ def test_stopped_by_ctrl_c_and_resumed_the_weights_are_those_of_one_run(made, tm
     with pytest.raises(SystemExit) as caught:
         finetune(settings)
     assert caught.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped after step 3 of 6; --resume goes on\n")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--resume continues it"):
         finetune(settings)
@@ -350,7 +383,10 @@ def test_bad_samples_and_impossible_runs_are_refused_before_anything_is_learnt(m
         ("method: full\ntask: dpo", "task dpo needs an adapter"),
         ("steps: -1", "steps = -1"),
         ("epochs: 0", "epochs = 0"),
-        ("model_: x", "model_: unknown key"),
+        ("model_: x", "model_: unknown key; expected model"),
+        ("methd: lora", "methd: unknown key; expected method"),
+        ("zzz: 1", "zzz: unknown key; expected alpha, balance,"),
+        ("steps: 10\nlr 3\n", "c.yaml:2: not YAML: could not find expected ':'"),
     ],
 )
 def test_a_wrong_setting_is_named(text, message, tmp_path):
@@ -368,5 +404,10 @@ def test_settings_come_from_the_file_and_the_command_line_stands_in_for_it(tmp_p
     settings = read_finetune_settings(path, model="m", train="b", out=None)
     assert (settings.model, settings.train, settings.heldout, settings.out) == ("m", "b", "h", "o")
     assert read_finetune_settings(None, model="m", train="b", out="o").rank == 16
-    with pytest.raises(UsageError, match=r"missing out, data\.train"):
+    path.write_text("rank = 3\n")
+    with pytest.raises(UsageError, match=r"c\.toml: missing out, data\.train"):
+        read_finetune_settings(path, model="m", train=None, out=None)
+    with pytest.raises(UsageError, match="missing DATA, which"):
         read_finetune_settings(None, model="m", train=None, out=None)
+    with pytest.raises(UsageError, match="missing --out, which"):
+        read_finetune_settings(None, model="m", train="t", out=None)

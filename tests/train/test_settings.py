@@ -55,7 +55,8 @@ def test_the_command_line_stands_in_for_the_file(tmp_path):
         (("lr: 2e-3", "lr: fast"), "lr = 'fast': expected a number"),
         (("lr: 2e-3", "batch_size: 6"), "batch_size = 6 is not a multiple of micro_batch = 4"),
         ((MODEL, "model: small\n"), "model: expected keys and values, got 'small'"),
-        ((MODEL, "model: [\n"), "not YAML"),
+        ((MODEL, "model: [\n"), ": not YAML: "),
+        (("out: there", "out: \0"), "c.yaml: not YAML: "),
         ((GOOD, "words"), "expected keys and values, got 'words'"),
     ],
 )

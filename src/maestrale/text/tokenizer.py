@@ -85,6 +85,12 @@ class Tokenizer:
         published = vocabulary.chat_version == "v1" and vocabulary.size == V1_SIZE
         return "[INST]" in vocabulary.controls or published or told
 
+    @property
+    def untold_form(self) -> str | None:
+        """The ending (v1) that its file's name must get (tokenizer.model.v1) where a model has learnt to chat with it;
+        None where it tells the form of chats already."""
+        return None if self.chats or self.kind in ("tekken", "hf") else self._vocabulary.chat_version
+
     def piece(self, token_id: int) -> bytes:
         """What a token shows within a text, perhaps a part of a character; the name of one that shows nothing."""
         shown = self._vocabulary.pieces.shown[token_id]

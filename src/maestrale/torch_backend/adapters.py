@@ -6,6 +6,7 @@ The base model's products are done once for all rows; an adapter adds its two th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -65,11 +66,11 @@ class Adapters:
             if ".experts." in name:
                 mixture, _, rest = name.partition(".experts.")
                 rows = experts.setdefault(mixture, {}).setdefault(int(rest.split(".")[0]), Rows())
-            base = model.get_submodule(name)
-            layer = AdaptedLinear(base, rows, [adapter.deltas.get(name) for adapter in adapters])  # type: ignore[arg-type]
-            model.set_submodule(name, layer)
+            base = cast(nn.Linear, model.get_submodule(name))
+            model.set_submodule(name, AdaptedLinear(base, rows, [adapter.deltas.get(name) for adapter in adapters]))
         for name, rows_of in experts.items():
-            self._follow(model.get_submodule(name), self._wanted if name == last else self._all, rows_of)  # type: ignore[arg-type]
+            mixture_layer = cast(MixtureOfExperts, model.get_submodule(name))
+            self._follow(mixture_layer, self._wanted if name == last else self._all, rows_of)
 
     def begin(self, batch: Batch, device: torch.device) -> None:
         self._adapter_T = self._adapter_N = None

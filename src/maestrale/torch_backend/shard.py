@@ -4,7 +4,7 @@ the other ranks. The model file knows nothing of this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -116,11 +116,12 @@ def _skeleton(shard: Shard) -> Transformer:
     if shard.first:
         model.tok_embeddings = nn.Embedding(last - first, shard.config.dim)
     else:
-        model.tok_embeddings = nn.Identity()  # type: ignore[assignment]  # hidden rows come in
+        model.set_submodule("tok_embeddings", nn.Identity())  # hidden rows come in
     if shard.last:
         model.output = nn.Linear(shard.config.dim, last - first, bias=False)
     else:
-        model.norm, model.output = nn.Identity(), nn.Identity()  # type: ignore[assignment]  # hidden rows go out
+        for name in ("norm", "output"):  # hidden rows go out
+            model.set_submodule(name, nn.Identity())
     if shard.config.moe is not None:
         begin, end = shard.span("hidden", ".experts.")
         for layer in model.layers:
@@ -135,12 +136,11 @@ def _join(model: Transformer, shard: Shard, total: Sum) -> None:
     if shard.mesh.tensor == 1:
         return
     if shard.first:
-        model.tok_embeddings = VocabularyShard(  # type: ignore[assignment]
-            model.tok_embeddings.weight, shard.span("vocab")[0], total
-        )
-    for layer in cast(Iterable[Block], model.layers):
-        layer.attention = Summed(layer.attention, total)  # type: ignore[assignment]
-        layer.feed_forward = Summed(layer.feed_forward, total)
+        table = VocabularyShard(model.tok_embeddings.weight, shard.span("vocab")[0], total)
+        model.set_submodule("tok_embeddings", table)
+    for layer in model.layers:
+        for name in ("attention", "feed_forward"):
+            layer.set_submodule(name, Summed(layer.get_submodule(name), total))
 
 
 def _local_name(name: str, shard: Shard) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch import nn
 
 from maestrale.checkpoint.adapter import Adapter, write_adapter
 from maestrale.checkpoint.classifier import write_classifier
+from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.checkpoint.writer import atomic_folder, save_checkpoint
@@ -22,7 +24,7 @@ from maestrale.errors import DataError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory
 from maestrale.plan import count_parameters
 from maestrale.text.samples import require_samples
-from maestrale.text.tokenizer import Tokenizer, is_tokenizer_file, load_tokenizer
+from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 from maestrale.torch_backend import lora
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
@@ -59,6 +61,7 @@ class _Data:
     samples: int
     cut: int
     left_out: int
+    chats: bool  # whether there are conversations to learn
 
 
 def finetune(
@@ -87,6 +90,12 @@ def finetune(
                     f"{data.cut + data.left_out} of {data.samples} samples are longer than seq_len = "
                     f"{settings.seq_len}: {data.cut} texts are cut, {data.left_out} others left out"
                 )
+            form = tokenizer.untold_form if data.chats else None
+            if form and settings.method != "full":
+                notice(
+                    f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
+                    f"tokenizer.model.{form}"
+                )
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
             labels = data.train.labels if isinstance(data.train, Classes) else ()
@@ -109,7 +118,7 @@ def finetune(
                 heldout_accuracy=_accuracy(model, data.heldout, settings),
             )
             ranks.rest(model)
-            _export(model, checkpoint, settings, run, result, labels, force)
+            _export(model, checkpoint, settings, run, result, labels, form, force)
     return result
 
 
@@ -160,7 +169,8 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
         if settings.own is not None:
             own, _ = pack_samples(require_samples(settings.own, tokenizer, settings.task), settings.seq_len)
         objective = language(packed, own, settings.own_share)
-        return _Data(objective, test, len(train), too_long.cut, len(too_long.left_out))
+        chats = any(sample.whole for sample in train)
+        return _Data(objective, test, len(train), too_long.cut, len(too_long.left_out), chats)
     kept = [sample for sample in train if _length(sample) <= settings.seq_len]
     test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
     if not kept:
@@ -168,14 +178,15 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
     left_out = len(train) - len(kept)
     if settings.task == "dpo":
         pairs = Preferences(kept, settings.beta)
-        return _Data(pairs, Preferences(test_kept, settings.beta) if test_kept else None, len(train), 0, left_out)
+        test_pairs = Preferences(test_kept, settings.beta) if test_kept else None
+        return _Data(pairs, test_pairs, len(train), 0, left_out, chats=True)
     labels = sorted({sample.label for sample in kept})
     if len(labels) < 2:
         raise DataError(f"{settings.train}: one label, {labels[0]!r}, in all samples; expected two or more")
     if strange := [f"{settings.heldout}:{s.line}: {s.label!r}" for s in test_kept if s.label not in labels]:
         raise DataError(f"labels that {settings.train} does not hold: {', '.join(strange[:10])}")
     test_classes = Classes(test_kept, labels) if test_kept else None
-    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out)
+    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out, chats=False)
 
 
 def _length(sample: Any) -> int:
@@ -204,9 +215,10 @@ def _export(
     run: Run,
     result: FinetuneResult,
     labels: Any,
+    form: str | None,
     force: bool,
 ) -> None:
-    """The first rank writes; all must help to put its parts together."""
+    """The first rank writes; all must help to put its parts together. form: what tokenizer.model's name is to tell."""
     adapter = None if settings.method == "full" else lora.to_adapter(model, run.ranks.whole)
     whole = {name: run.ranks.whole(p) for name, p in model.named_parameters() if p.requires_grad}
     if not run.ranks.first:
@@ -217,7 +229,13 @@ def _export(
             write_adapter(partial, adapter, checkpoint.config, settings.layout)
             (partial / "README.md").write_text(card, encoding="utf-8")
         return
-    files = [path for path in sorted(checkpoint.folder.iterdir()) if is_tokenizer_file(path.name)]
+    beside = run.folder / "tokenizer"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    write_companions(checkpoint.folder, beside, 0)
+    if form and (beside / "tokenizer.model").exists():
+        (beside / "tokenizer.model").rename(beside / f"tokenizer.model.{form}")
+    files = sorted(beside.iterdir())
     (run.folder / "README.md").write_text(card, encoding="utf-8")
     files.append(run.folder / "README.md")
     if settings.task == "classify":

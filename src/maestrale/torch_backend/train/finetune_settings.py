@@ -79,6 +79,9 @@ def read_finetune_settings(path: str | Path | None, **given: Any) -> FinetuneSet
     """The settings in a file, or the defaults; what is given and not None stands in for the file's own."""
     if path is None:
         path, values = "command line", {key: value for key, value in given.items() if value is not None}
+        for key, option in (("train", "DATA"), ("out", "--out")):
+            if key not in values:
+                raise UsageError(f"missing {option}, which a --config file could say too")
     else:
         values = read_file(path, given)
     return make_settings(FinetuneSettings, path, values)

@@ -74,8 +74,8 @@ class Run:
         """All steps, from the last state if it is resumed; seconds spent.
 
         keep_best: the weights of the lowest held-out loss stand in the model afterwards, not the last ones.
-        MaestraleError where the loss is no finite number. After SIGINT or SIGTERM the state is saved and SystemExit
-        leaves with 130 or 143.
+        DiskError where states would not fit. MaestraleError where the loss is no finite number. After SIGINT or
+        SIGTERM the state is saved and SystemExit leaves with 130 or 143.
         """
         settings = self.settings
         steps.keep_less(model, settings)
@@ -86,6 +86,7 @@ class Run:
             done = self.states.load(model, optimizer, settings.to_dict())
             if done.data != digest:
                 raise UsageError(f"{self.states.path}: the training data has changed since; --force begins again")
+        self.states.require_space(model)
         if settings.compile:
             steps.compile_parts(model)
         self.report = Report(self.folder / "log.jsonl", settings, done.step, silent=not self.ranks.first)
@@ -140,6 +141,7 @@ class Run:
                 progress = Progress(step + 1, done.data, time.monotonic() - begun, best)
                 self.states.save(model, optimizer, progress, settings.to_dict())
             if stop:
+                report.stopped(step + 1)
                 sys.exit(SIGTERM_EXIT if stopped and stopped[0] == signal.SIGTERM else SIGINT_EXIT)
         return time.monotonic() - begun
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import typing
 from collections.abc import Mapping
@@ -144,7 +145,9 @@ def make_settings(kind: type[Settings], path: str | Path, values: Mapping[str, A
     """Settings of that kind; UsageError for an unknown, missing or wrong key."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := set(values) - set(fields):
-        raise UsageError(f"{path}: {min(unknown)}: unknown key; expected {', '.join(sorted({'data', *fields}))}")
+        known = sorted({"data", *fields})
+        close = difflib.get_close_matches(min(unknown), known, 1)
+        raise UsageError(f"{path}: {min(unknown)}: unknown key; expected {close[0] if close else ', '.join(known)}")
     required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         names = ", ".join(f"data.{name}" if name in ("train", "heldout") else name for name in missing)
@@ -160,7 +163,9 @@ def make_settings(kind: type[Settings], path: str | Path, values: Mapping[str, A
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the training configuration: {error.strerror}") from None
+    except UnicodeError as error:
         raise UsageError(f"{path}: cannot read the training configuration: {error}") from None
     if path.suffix == ".toml":
         import tomllib
@@ -175,7 +180,11 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        mark = error.context_mark or error.problem_mark  # where what is wrong began, or where it was seen
+        line = "" if mark is None else f":{mark.line + 1}"
+        raise UsageError(f"{path}{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:  # a character that YAML forbids
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     return dict(_mapping(path, "the file", {} if values is None else values))
 

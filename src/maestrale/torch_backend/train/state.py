@@ -62,6 +62,11 @@ class States:
             for path in (self.path, self.best):
                 path.unlink(missing_ok=True)
 
+    def require_space(self, model: nn.Module) -> None:
+        """DiskError, before anything is learnt, unless there is room for a state, and for the next one beside it."""
+        size = sum(4 * (1 + len(_MOMENTS)) * parameter.numel() for _, parameter in _learning(model))
+        require_space(self.folder, size if self.exists() else 2 * size)
+
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, settings: Mapping[str, Any]
     ) -> None:

@@ -60,16 +60,17 @@ def learning_rate(settings: LoopSettings, step: int) -> float:
 def keep_less(model: Transformer, settings: LoopSettings) -> None:
     """In place: what a norm or a gate works out in between is not kept for the gradient but computed again, which
     takes no time to speak of; with `checkpointing`, nothing inside a block is kept. Compiled parts see to that alone.
-    From outside, by new methods, since the model knows no mode of training.
+    From outside, by a new `forward` of the instance, which hooks (FSDP's too) stay around: the model knows no mode of
+    training.
     """
     again = functools.partial(functools.partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for module in model.modules():
         if isinstance(module, RMSNorm) and not settings.compile:
-            module.forward = again(functools.partial(_as_read, module.forward))  # type: ignore[method-assign]
+            module.forward = again(functools.partial(_as_read, module.forward))  # type: ignore[method-assign]  # as above
         elif isinstance(module, FeedForward) and not settings.compile:
             module.gated = again(module.gated)
         elif isinstance(module, Block) and settings.checkpointing:
-            module.forward = again(module.forward)  # type: ignore[method-assign]
+            module.forward = again(module.forward)  # type: ignore[method-assign]  # as above
 
 
 def _as_read(norm: Callable[[torch.Tensor], torch.Tensor], x_TD: torch.Tensor) -> torch.Tensor:
