@@ -3,7 +3,7 @@
     python bench/fp8_quality.py [--text tests/heldout_stories.txt] [--pieces 200]
 
 Weights: every linear layer's (no norm, embedding or router), rounded to nearest on one scale for each output, as
-torch_backend/triton/packed.py holds them. Cache: keys after RoPE and values, rounded as they are, without a scale. All
+torch_backend/triton/packed.py holds them. Cache: the one of `--cache fp8` (torch_backend/cache.py). All
 else is fp32, so only the rounding is judged. Pieces of 256 tokens, one token's context at least. The last line is JSON.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +25,10 @@ from maestrale.launch import model_folder
 from maestrale.sampling.policy import log_softmax
 from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.load import load_model
-from maestrale.torch_backend.ops import sdpa
-from maestrale.torch_backend.ops.groups import Group
+from maestrale.torch_backend.ops.groups import FP8
 from maestrale.torch_backend.runner import TorchRunner
 
 PIECE = 256
-FP8 = torch.float8_e4m3fn
-
-
-def attend_fp8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: Sequence[Group]) -> torch.Tensor:
-    return sdpa.attend(q, k.to(FP8).to(k.dtype), v.to(FP8).to(v.dtype), groups)
 
 
 def round_weights(model: nn.Module) -> None:
@@ -80,7 +73,7 @@ def main() -> None:
             if weights:
                 round_weights(model)
             for cache in (False, True):
-                found = perplexity(TorchRunner(model, layout, attend_fp8 if cache else sdpa.attend), pieces)
+                found = perplexity(TorchRunner(model, layout, fp8_cache=cache), pieces)
                 base = base or found
                 form = " and ".join(part for part, on in (("weights", weights), ("cache", cache)) if on) or "fp32"
                 rows.append({"model": name, "fp8": form, "perplexity": found, "change": found / base - 1})

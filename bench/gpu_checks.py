@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import linear, silu
 
 from maestrale.batch import Batch, CacheLayout
@@ -16,9 +19,11 @@ from maestrale.torch_backend.cache import PagedCache
 from maestrale.torch_backend.model import FeedForward, RMSNorm, rope, rope_turns
 from maestrale.torch_backend.moe import MixtureOfExperts
 from maestrale.torch_backend.ops import reference
+from maestrale.torch_backend.ops.groups import FP8, gather
 from maestrale.torch_backend.triton.attention import attend
 from maestrale.torch_backend.triton.experts import experts, group
-from maestrale.torch_backend.triton.packed import from_packed, to_fp8
+from maestrale.torch_backend.triton.packed import PackedLinear, from_packed, to_fp8
+from maestrale.torch_backend.triton.packed_experts import PackedStack
 from maestrale.torch_backend.triton.rows import norm, silu_product, turn_and_keep
 from maestrale.torch_backend.triton.tiles import deal
 
@@ -30,11 +35,13 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _allowed(dtype: torch.dtype) -> float:
-    """Of values of order 1: some roundings."""
+    """Of a row's largest value: some roundings."""
     return 4 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-4
 
 
-def _attention(sequences: list[tuple[int, int]], window: int | None) -> Callable[[torch.device, bool], Result]:
+def _attention(
+    sequences: list[tuple[int, int]], window: int | None, fp8: bool = False
+) -> Callable[[torch.device, bool], Result]:
     """sequences: (new tokens, last position) of each."""
 
     def check(device: torch.device, tiny: bool) -> Result:
@@ -45,8 +52,8 @@ def _attention(sequences: list[tuple[int, int]], window: int | None) -> Callable
         ring = -(-kept // 16)
         config = ModelConfig(H * C, 1, C, 8, H, G, 8, 1e-5, 1e4, (window,))
         layout = CacheLayout(16, longest, chunk, (window,), (ring,), (ring * len(ours),))
-        cache = PagedCache(config, layout, _dtype(device), device, reference.attend)
-        cache.pools[0].normal_()
+        cache = PagedCache(config, layout, _dtype(device), device, reference.attend, fp8)
+        cache.pools[0].copy_(torch.randn(cache.pools[0].shape, device=device))
         table = np.random.default_rng().permutation(layout.pages[0]).reshape(-1, ring)
         positions = np.concatenate([np.arange(last - n + 1, last + 1) for n, last in ours])
         starts = np.cumsum([0, *(n for n, _ in ours)])
@@ -57,22 +64,34 @@ def _attention(sequences: list[tuple[int, int]], window: int | None) -> Callable
         expected = reference.attend(q, k, v, cache.begin(batch).groups[0])
         on_device = [torch.from_numpy(array.astype(np.int32)).to(device) for array in (positions, table)]
         got = attend(q, k, v, *on_device, deal(starts, H, G, device), 16, window)
-        return _error(got, expected), _allowed(q.dtype)
+        return error(got, expected), _allowed(q.dtype)
 
     return check
 
 
-def _experts(n_tokens: int) -> Callable[[torch.device, bool], Result]:
+def _experts(n_tokens: int, packed: bool = False) -> Callable[[torch.device, bool], Result]:
     def check(device: torch.device, tiny: bool) -> Result:
-        D, F = (48, 40) if tiny else (1024, 3584)
+        D, F = (64, 32) if tiny else (1024, 3584)
         layer = MixtureOfExperts(D, 2, (FeedForward(D, F) for _ in range(8)))
         layer = layer.to(device, _dtype(device)).requires_grad_(False)
         x = torch.randn(min(n_tokens, 12) if tiny else n_tokens, D, dtype=_dtype(device), device=device)
-        w13 = torch.stack([torch.stack([e.w1.weight, e.w3.weight]) for e in layer.experts])
-        w2 = torch.stack([e.w2.weight for e in layer.experts])
-        return _error(experts(x, w13, w2, group(layer.gate(x), 2)), layer(x)), _allowed(x.dtype)
+        if packed:
+            up = [_int4(part) for e in layer.experts for part in (e.w1, e.w3)]
+            w13, w2 = PackedStack(up), PackedStack([_int4(e.w2) for e in layer.experts])
+        else:
+            w13 = torch.stack([torch.stack([e.w1.weight, e.w3.weight]) for e in layer.experts])
+            w2 = torch.stack([e.w2.weight for e in layer.experts])
+        return error(experts(x, w13, w2, group(layer.gate(x), 2)), layer(x)), _allowed(x.dtype)
 
     return check
+
+
+def _int4(layer: nn.Linear) -> PackedLinear:
+    """The layer's weight in int4; it is left with what that stands for."""
+    weight = layer.weight
+    packed = pack_int4(*int4_codes(weight.float().cpu().numpy(), 32))
+    weight.copy_(torch.from_numpy(dequantize(packed)))
+    return from_packed(packed, weight.device, weight.dtype)
 
 
 def _norm(device: torch.device, tiny: bool) -> Result:
@@ -80,14 +99,14 @@ def _norm(device: torch.device, tiny: bool) -> Result:
     layer = RMSNorm(width, 1e-5).to(device, _dtype(device)).requires_grad_(False)
     x, added = torch.randn(2, 5, width, dtype=_dtype(device), device=device)
     sums, y = norm(x, layer.weight, 1e-5, added)
-    return max(_error(sums, x + added), _error(y, layer(x + added))), _allowed(x.dtype)
+    return max(error(sums, x + added), error(y, layer(x + added))), _allowed(x.dtype)
 
 
-def _rope(device: torch.device, tiny: bool) -> Result:
+def _rope(device: torch.device, tiny: bool, fp8: bool = False) -> Result:
     H, G, C, T = 4, 2, 16, 7
     dtype = _dtype(device)
     qkv = torch.randn(T, (H + 2 * G) * C, dtype=dtype, device=device)
-    k, v = torch.zeros(2, 32, G, C, dtype=dtype, device=device)
+    k, v = torch.zeros(2, 32, G, C, dtype=FP8 if fp8 else dtype, device=device)
     positions = torch.arange(9, 9 + T, dtype=torch.int32, device=device)
     turns = rope_turns(positions, C, 1e4)
     q_and_k = rope(qkv[:, : (H + G) * C].unflatten(1, (-1, C)), turns)
@@ -96,13 +115,14 @@ def _rope(device: torch.device, tiny: bool) -> Result:
     cos, sin = turns.real.contiguous(), turns.imag.contiguous()
     q = turn_and_keep(qkv, k, v, cos, sin, positions, positions * 0, table, 16)
     slots = torch.where(positions < 16, positions + 16, positions - 16)
-    errors = (_error(q, q_and_k[:, :H]), _error(k[slots], q_and_k[:, H:]), _error(v[slots], value))
-    return max(errors), _allowed(dtype)
+    off = max(error(gather(pool, slots, dtype), x) for pool, x in ((k, q_and_k[:, H:]), (v, value)))
+    # fp8: half a step of its three bits; by rounding in another order a step.
+    return max(error(q, q_and_k[:, :H]) / _allowed(dtype), off / (2**-3 if fp8 else _allowed(dtype))), 1.0
 
 
 def _silu(device: torch.device, tiny: bool) -> Result:
     both = torch.randn(5, 200, dtype=_dtype(device), device=device)
-    return _error(silu_product(both), silu(both[:, :100]) * both[:, 100:]), _allowed(both.dtype)
+    return error(silu_product(both), silu(both[:, :100]) * both[:, 100:]), _allowed(both.dtype)
 
 
 def _packed(format: str, rows: int) -> Callable[[torch.device, bool], Result]:
@@ -117,14 +137,16 @@ def _packed(format: str, rows: int) -> Callable[[torch.device, bool], Result]:
             packed = pack_int8(*int8_codes(values)) if format == "int8" else pack_int4(*int4_codes(values, 32))
             layer = from_packed(packed, device, x.dtype)
             unpacked = torch.from_numpy(dequantize(packed)).to(device, x.dtype)
-        return _error(layer(x), linear(x, unpacked)), _allowed(x.dtype)
+        return error(layer(x), linear(x, unpacked)), _allowed(x.dtype)
 
     return check
 
 
-def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of the largest difference, beside values of order 1 or the largest expected."""
-    return ((got.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1)).item()
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference beside the largest value of its row: a row of small values is held to them. NaN is inf."""
+    got, expected = got.float().flatten(1), expected.float().flatten(1)
+    off = ((got - expected).abs().amax(1) / expected.abs().amax(1)).max().item()
+    return off if math.isfinite(off) else math.inf
 
 
 CHECKS: dict[str, Callable[[torch.device, bool], Result]] = {
@@ -132,11 +154,17 @@ CHECKS: dict[str, Callable[[torch.device, bool], Result]] = {
     "attention, decodes in a ring": _attention([(1, 3000), (1, 40), (1, 700)], 48),
     "attention, ragged chunks": _attention([(200, 900), (1, 1000), (33, 32), (5, 77)], None),
     "attention, ragged chunks in a ring": _attention([(200, 900), (1, 1000), (33, 32), (5, 77)], 48),
+    "attention, decodes, fp8 cache": _attention([(1, 3000), (1, 0), (1, 17), (1, 999)], None, fp8=True),
+    "attention, ragged chunks, fp8 cache": _attention([(200, 900), (1, 1000), (5, 77)], None, fp8=True),
     "experts, 1 token": _experts(1),
     "experts, 64 tokens": _experts(64),
     "experts, 2,000 tokens": _experts(2000),
+    "experts in int4, 1 token": _experts(1, packed=True),
+    "experts in int4, 64 tokens": _experts(64, packed=True),
+    "experts in int4, 2,000 tokens": _experts(2000, packed=True),
     "norm with residual": _norm,
     "rope and cache write": _rope,
+    "rope and fp8 cache write": partial(_rope, fp8=True),
     "SiLU's product": _silu,
     **{
         f"{format} product, {rows} rows": _packed(format, rows)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from maestrale.batch import Batch, CacheLayout
+from maestrale.batch import Batch, CacheLayout, Draws
+from maestrale.checkpoint.packed_room import is_linear
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.triton.packed import PackedLinear
@@ -25,7 +26,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 def random_int4(model: Transformer) -> Transformer:
     """Every linear layer's weight replaced, in place, by random int4 codes in groups of 32."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and is_linear(f"{name}.weight"):
             (n, k), device = layer.weight.shape, layer.weight.device
             words = torch.randint(-(1 << 31), 1 << 31, (n // 16, k // 8, 16), dtype=torch.int32, device=device)
             scales = torch.full((n // 16, k // 32, 16), 0.2 * k**-0.5, dtype=torch.float16, device=device)
@@ -44,10 +45,11 @@ def mixed(size: int, context: int, count: int) -> tuple[list[int], list[int]]:
 
 
 def decode_batch(config: ModelConfig, layout: CacheLayout, size: int, context: int) -> Batch:
-    """One token each, at position `context`; the cache's pages hold whatever they hold."""
+    """One token each, at position `context`, and a greedy one to come; the cache's pages hold whatever they hold."""
     ids = np.random.default_rng(size).integers(3, config.vocab_size, size)
+    greedy = Draws(np.tile([0.0, 0, 0, 1, 0], (size, 1)), np.empty((0, 3)))
     return Batch(ids, np.full(size, context), np.arange(size + 1), tables(layout, size), no_copies(layout),
-                 np.arange(size))  # fmt: skip
+                 np.arange(size), draws=greedy)  # fmt: skip
 
 
 def chunk_batch(config: ModelConfig, layout: CacheLayout, count: int, length: int, start: int = 0) -> Batch:

@@ -13,6 +13,10 @@ from maestrale.mesh import Mesh, shards, stage_layers
 from maestrale.plan import tensor_plan
 
 
+def sizes_of(config):
+    return {name: float(planned.size) for name, planned in tensor_plan(config).items()}
+
+
 @st.composite
 def divisions(draw):
     layers = draw(st.integers(1, 9))
@@ -39,7 +43,7 @@ def divisions(draw):
 def test_every_element_of_every_tensor_is_held_as_often_as_it_should(division):
     config, mesh = division
     held = {name: {} for name in tensor_plan(config)}
-    for shard in shards(config, mesh):
+    for shard in shards(config, mesh, sizes_of(config)):
         assert len(shard.layers) > 0
         for name, slices in shard.tensors():
             for axis, extent in enumerate(slices):
@@ -58,33 +62,46 @@ def test_every_element_of_every_tensor_is_held_as_often_as_it_should(division):
         )  # distinct pieces add up to the tensor, so they neither overlap nor leave gaps
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(8, 100_000))
-def test_the_largest_stage_is_as_small_as_can_be(layers, stages, vocabulary):
+def every_division(layers, stages):
+    if stages == 1:
+        return [[layers]]
+    return [[n, *rest] for n in range(1, layers - stages + 2) for rest in every_division(layers - n, stages - 1)]
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(8, 20_000), st.booleans(), st.floats(0.1, 3))
+def test_the_slowest_stage_reads_as_little_as_memory_allows(layers, stages, vocabulary, tied, spare):
+    """Against all divisions there are."""
     stages = min(stages, layers)
     config = replace(DENSE, n_layers=layers, sliding_window=(None,) * layers, vocab_size=vocabulary)
-    got = stage_layers(config, stages)
+    config = replace(config, tied_embeddings=tied)
+    sizes, table = sizes_of(config), vocabulary * config.dim
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+
+    def read(counts):
+        return max(n * layer + table * (s == stages - 1) for s, n in enumerate(counts))
+
+    def held(counts):
+        return max(n * layer + table * ((s == 0) + (s == stages - 1)) for s, n in enumerate(counts))
+
+    room = spare * sum(sizes.values()) / stages
+    got = stage_layers(config, stages, sizes, room)
     assert [i for stage in got for i in stage] == list(range(layers))
-    layer = sum(t.size for name, t in tensor_plan(config).items() if name.startswith("layers.0."))
+    counts, every = [len(stage) for stage in got], every_division(layers, stages)
+    if fitting := [division for division in every if held(division) <= room]:
+        assert held(counts) <= room
+        assert read(counts) == min(map(read, fitting))
+    else:
+        assert held(counts) == min(map(held, every))
 
-    def largest(counts):
-        ends = [vocabulary * config.dim * ((s == 0) + (s == stages - 1)) for s in range(stages)]
-        return max(count * layer + end for count, end in zip(counts, ends, strict=True))
 
-    def best(left, stage):  # by trying: the least possible largest stage
-        end = vocabulary * config.dim * ((stage == 0) + (stage == stages - 1))
-        if stage == stages - 1:
-            return left * layer + end
-        rest = stages - stage - 1
-        return min(max(n * layer + end, cached(left - n, stage + 1)) for n in range(1, left - rest + 1))
-
-    memory = {}
-
-    def cached(left, stage):
-        if (left, stage) not in memory:
-            memory[left, stage] = best(left, stage)
-        return memory[left, stage]
-
-    assert largest([len(stage) for stage in got]) == cached(layers, 0)
+def test_stages_are_even_in_what_a_step_reads_unless_a_rank_has_too_little_memory():
+    """Of 12 layers of one byte, an embedding of 4 and a head of 4: 8 layers beside 4 and the head."""
+    config = replace(DENSE, n_layers=12, sliding_window=(None,) * 12)
+    sizes = {f"layers.{i}.w": 1.0 for i in range(12)} | {"tok_embeddings.weight": 4.0, "output.weight": 4.0}
+    assert [len(stage) for stage in stage_layers(config, 2, sizes)] == [8, 4]
+    assert [len(stage) for stage in stage_layers(config, 2, sizes, room=11)] == [7, 5]
+    assert [len(stage) for stage in stage_layers(config, 2, sizes, room=9)] == [6, 6]
+    assert [len(stage) for stage in stage_layers(config, 2, sizes | {"output.weight": 1.0})] == [6, 6]  # int4, say
 
 
 @pytest.mark.parametrize(
@@ -99,4 +116,4 @@ def test_the_largest_stage_is_as_small_as_can_be(layers, stages, vocabulary):
 )
 def test_a_division_that_cannot_be_is_refused_with_what_could(config, mesh, words):
     with pytest.raises(UsageError, match=words):
-        shards(config, mesh)
+        shards(config, mesh, sizes_of(config))

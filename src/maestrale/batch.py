@@ -47,6 +47,18 @@ class CacheLayout:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """How a token is to be drawn from each wanted row, by the rules of sampling/policy.py.
+
+    rows: float64 [N, 5]: temperature, the uniform number, top_k, top_p, min_p; NaN where no token is to be drawn.
+    biases: float64 [n, 3]: row, token, what is added to that token's logit there.
+    """
+
+    rows: NDArray[np.float64]
+    biases: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step's work for B sequences that bring T new tokens in all; nothing is padded.
 
@@ -57,6 +69,7 @@ class Batch:
     logit_rows: int64 [N], the rows of T whose logits are wanted.
     experts: whether it is also wanted which experts those rows went through.
     adapters: int64 [B], the number of each sequence's adapter, -1 for none; None where no sequence has one.
+    draws: given to a runner that draws tokens itself (`Drawing`); None where all rows of logits are wanted.
     """
 
     token_ids: NDArray[np.int64]
@@ -67,6 +80,7 @@ class Batch:
     logit_rows: NDArray[np.int64]
     experts: bool = False
     adapters: NDArray[np.int64] | None = None
+    draws: Draws | None = None
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -94,16 +108,24 @@ def read_alone(
     return CacheLayout(16, n, max_chunk, windows, (pages,) * kinds, (pages,) * kinds), batches
 
 
+class Rows(Protocol):
+    """Rows of logits, float32 [N, vocab]: an array, or what fetches those that are asked for before the next step."""
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]: ...
+
+
 @dataclass(frozen=True)
 class StepOutput:
-    """logits: float32 [N, vocab], the rows of `Batch.logit_rows` in order.
+    """logits: the rows of `Batch.logit_rows` in order; an array, except where the batch had draws.
 
     experts: int16 [N, layers, K], for each of those rows and each layer the experts that it went through, the one the
     router scored highest first; None where it was not asked for, or the model is no mixture.
+    tokens: int64 [N], what the runner has drawn of each row; -1 where it has not, or where nothing can be.
     """
 
-    logits: NDArray[np.float32]
+    logits: Rows
     experts: NDArray[np.int16] | None = None
+    tokens: NDArray[np.int64] | None = None
 
 
 class Runner(Protocol):
@@ -113,6 +135,13 @@ class Runner(Protocol):
     def layout(self) -> CacheLayout: ...
 
     def step(self, batch: Batch) -> StepOutput: ...
+
+
+@runtime_checkable
+class Drawing(Runner, Protocol):
+    """A runner that may draw tokens where its logits are, so that they need not travel. draws: whether it does."""
+
+    draws: bool
 
 
 @runtime_checkable

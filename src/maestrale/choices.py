@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _BACKENDS = ("auto", "native", "torch")
 _WEIGHTS = ("auto", "bf16", "fp8", "int8", "int4")
-_CACHES = ("auto", "int8")
+_CACHES = ("auto", "int8", "fp8")
 _BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
 _MAX_RANKS = 1 << 16
@@ -60,9 +60,12 @@ class Options:
 def check_options(options: Options) -> None:
     """What can be refused before anything is opened."""
     read_dtype(options.dtype, "")
-    for name, value, known in (("weights", options.weights, _WEIGHTS), ("backend", options.backend, _BACKENDS)):
-        if value not in known:
-            raise UsageError(f"{name} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
+    for name, value, known in (
+        ("weights", options.weights, _WEIGHTS),
+        ("backend", options.backend, _BACKENDS),
+        ("cache", options.cache, _CACHES),
+    ):
+        _check_name(name, value, known)
     for name in ("num_pipeline_ranks", "tensor_parallel", "expert_parallel"):
         ranks = getattr(options, name)
         if ranks is not None and not 0 < ranks <= _MAX_RANKS:
@@ -75,6 +78,11 @@ def check_options(options: Options) -> None:
         )
     if options.device != "auto" and options.device.split(":")[0] not in _MAX_CHUNK:
         raise UsageError(f"device {options.device!r}: expected auto, cpu, cuda, cuda:1 …")
+
+
+def _check_name(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{what} {value!r}: expected {', '.join(known[:-1])} or {known[-1]}")
 
 
 def choose_backend(options: Options) -> tuple[str, str]:
@@ -90,9 +98,13 @@ def choose_backend(options: Options) -> tuple[str, str]:
     float16 = read_dtype(options.dtype, "") == "F16"
     if options.backend == "torch" and not torch:
         raise UsageError("the torch backend is not installed: run  pip install 'maestrale[torch]'")
-    fp8 = options.weights == "fp8"
-    if fp8 and (options.backend == "native" or bytes_kept or not torch):
-        raise UsageError("weights fp8: only the torch backend has them, on a GPU; take int8, or backend torch")
+    fp8 = "fp8" in (options.weights, options.cache)
+    if fp8 and (options.backend == "native" or quantized or not torch):
+        weights, cache = (
+            "weights fp8: only the torch backend has them, on a GPU",
+            "cache fp8: only the torch backend has it",
+        )
+        raise UsageError(f"{weights if options.weights == 'fp8' else cache}; take int8, or backend torch")
     if options.backend == "torch" and quantized:
         what = "cache int8" if bytes_kept else f"weights {options.weights}"
         raise UsageError(f"{what}: the torch backend does not quantize; take backend native")
@@ -187,9 +199,8 @@ def kernels_here() -> str:
 def cache_element(config: ModelConfig, dtype: str, cache: str) -> float:
     """Bytes of a number in a cache; int8: a code, and a scale in fp32 for the head_dim of a position. UsageError for a
     cache that there is not."""
-    if cache not in _CACHES:
-        raise UsageError(f"cache {cache!r}: expected {_CACHES[0]} or {_CACHES[1]}")
-    return byte_count(dtype, (1,)) if cache == "auto" else 1 + 4 / config.head_dim
+    _check_name("cache", cache, _CACHES)
+    return {"auto": byte_count(dtype, (1,)), "int8": 1 + 4 / config.head_dim, "fp8": 1}[cache]
 
 
 def longest_context(config: ModelConfig, max_len: int, batch: int, element_bytes: float, budget: int) -> int:

@@ -82,8 +82,9 @@ def launch(
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     check_options(options)
     link = _link(options)
-    if link is not None and options.weights == "fp8":
-        raise UsageError("weights fp8 do not run over several ranks: start a single process")
+    for what, form in (("weights fp8 do", options.weights), ("cache fp8 does", options.cache)):
+        if link is not None and form == "fp8":
+            raise UsageError(f"{what} not run over several ranks: start a single process")
     if link is not None and options.output != "logits":
         raise UsageError("embeddings and classes are not computed over several ranks: start a single process")
     together = link.agree if link else _alone
@@ -103,7 +104,9 @@ def launch(
         max_chunk = default_chunk(device, stages) if options.max_batch_tokens is None else options.max_batch_tokens
         tensor_bytes = bytes_in_memory(checkpoint, backend, dtype, weights)
         element_bytes = cache_element(config, dtype, options.cache)
-        memory, weight_bytes = memory_of(device), int(sum(tensor_bytes.values()))
+        here = device if link is None or device != "cuda" else f"cuda:{link.local_rank}"
+        sharing = 1 if link is None or device == "cuda" else link.ranks_on_host
+        memory, weight_bytes = together(lambda: memory_of(here)) // sharing, int(sum(tensor_bytes.values()))
         if link is not None:
             link.mesh.check(config)
         elif weight_bytes > memory:
@@ -125,7 +128,18 @@ def launch(
         runner: Runner
         if link is not None:
             runner = _open_ranks(
-                checkpoint, link, options, backend, device, dtype, weights, tensor_bytes, layout_for, progress, adapters
+                checkpoint,
+                link,
+                options,
+                backend,
+                here,
+                memory,
+                dtype,
+                weights,
+                tensor_bytes,
+                layout_for,
+                progress,
+                adapters,
             )
         elif backend == "native":
             from maestrale.native_backend.runner import choose_threads
@@ -150,6 +164,7 @@ def launch(
                 hidden=options.output == "hidden",
                 head=head,
                 fp8=weights == "fp8",
+                fp8_cache=options.cache == "fp8",
             )
     engine = Engine(
         runner,
@@ -184,6 +199,7 @@ def _open_ranks(
     options: Options,
     backend: str,
     device: str,
+    memory: int,
     dtype: str,
     weights: str,
     tensor_bytes: Mapping[str, float],
@@ -194,7 +210,7 @@ def _open_ranks(
     """Returns on rank 0 only."""
     from maestrale.parallel.runner import Stage, open_ranks
 
-    shard = shards(checkpoint.config, link.mesh)[link.rank]
+    shard = shards(checkpoint.config, link.mesh, tensor_bytes, *link.least([memory]))[link.rank]
     show = progress if link.rank == 0 else lambda done, total: None
 
     def open_stage(layout: CacheLayout) -> Stage:
@@ -206,10 +222,9 @@ def _open_ranks(
             return open_native(checkpoint, shard, layout, kept_as(options, dtype), weights, threads, show)
         from maestrale.torch_backend.stage import open_stage as open_torch
 
-        here = f"cuda:{link.local_rank}" if device == "cuda" else device
-        return open_torch(checkpoint, shard, layout, dtype, here, link.sum_stage, show, adapters)
+        return open_torch(checkpoint, shard, layout, dtype, device, link.sum_stage, show, adapters)
 
-    runner = open_ranks(shard, link, shard.bytes(tensor_bytes), layout_for, open_stage)
+    runner = open_ranks(shard, link, shard.bytes(tensor_bytes), memory, layout_for, open_stage)
     atexit.register(runner.close)
     return runner
 
@@ -229,7 +244,9 @@ def _link(options: Options) -> Link | None:
                 f"torchrun --nproc-per-node {count} -m maestrale …"
             )
         return None
-    from maestrale.parallel.launcher import world
+    from maestrale.parallel.launcher import hush_torch, world
+
+    hush_torch()
     from maestrale.parallel.link import Link
 
     size = world()[1]

@@ -43,7 +43,8 @@ class LLM:
     adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
     of several run in one batch.
     require_tokenizer: refuse a folder without a tokenizer at once, not when text is first needed.
-    cache: of keys and values: "auto" (as computed), or "int8", native only: half the memory of bfloat16.
+    cache: of keys and values: "auto" (as computed), or, in half the memory of bfloat16, "int8" (native) or "fp8"
+        (torch).
     threads: how many compute, native only; None takes what MAESTRALE_THREADS says, else one for each core.
     prefix_cache: keep the pages of what was computed, for prompts that begin alike.
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on

@@ -7,13 +7,16 @@ channels over the T / E shards of its group. All of it is arithmetic on plan.py'
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from itertools import accumulate, pairwise
+from math import ceil, inf, prod
 
 from maestrale.config import ModelConfig
 from maestrale.errors import UsageError
 from maestrale.plan import TensorPlan, tensor_plan
+
+_WEIGHT_SHARE = 0.75  # of a rank's memory: where a stage would take more, the cache of all ranks would be the smaller
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Shard:
     config: ModelConfig
     mesh: Mesh
     rank: int
-    layers: range  # global indices
+    stages: tuple[range, ...]  # global indices of each stage's layers
 
     @property
     def stage(self) -> int:
@@ -74,6 +77,10 @@ class Shard:
     def index(self) -> int:
         """Which of its stage's shards."""
         return self.rank % self.mesh.tensor
+
+    @property
+    def layers(self) -> range:
+        return self.stages[self.stage]
 
     @property
     def first(self) -> bool:
@@ -144,42 +151,50 @@ class Shard:
     def bytes(self, sizes: Mapping[str, float]) -> int:
         """What this rank holds, where a whole tensor takes `sizes[name]` bytes."""
         plan = tensor_plan(self.config)
-        total = sum(sizes[name] * _volume(slices) / plan[name].size for name, slices in self.tensors())
-        if self.last and self.config.tied_embeddings and "output.weight" in sizes:  # packed beside the embedding
-            total += sizes["output.weight"]
-        return ceil(total)
+        held = {name: sizes[name] * _volume(slices) / plan[name].size for name, slices in self.tensors()}
+        if self.last and self.config.tied_embeddings and "output.weight" in sizes:  # packed anew from the embedding
+            held["output.weight"] = sizes["output.weight"]
+            if not self.first:
+                del held["tok_embeddings.weight"]
+        return ceil(sum(held.values()))
 
 
-def shards(config: ModelConfig, mesh: Mesh) -> list[Shard]:
-    """Every rank's share, in order of rank. UsageError where the model cannot be divided so."""
+def shards(config: ModelConfig, mesh: Mesh, sizes: Mapping[str, float], memory: float = inf) -> list[Shard]:
+    """Every rank's share, in order of rank. sizes: bytes of each whole tensor. memory: bytes to be had on the rank that
+    has the least. UsageError where the model cannot be divided so."""
     mesh.check(config)
-    stages = stage_layers(config, mesh.pipeline)
-    return [Shard(config, mesh, rank, stages[rank // mesh.tensor]) for rank in range(mesh.size)]
+    stages = stage_layers(config, mesh.pipeline, sizes, _WEIGHT_SHARE * memory * mesh.tensor)
+    return [Shard(config, mesh, rank, stages) for rank in range(mesh.size)]
 
 
-def stage_layers(config: ModelConfig, stages: int) -> list[range]:
-    """Layers in stages, none empty, such that the largest stage is as small as can be; the embedding counts with the
-    first and the head with the last."""
-    layer = sum(t.size for name, t in tensor_plan(config).items() if name.startswith("layers.0."))
-    table = config.vocab_size * config.dim
+def stage_layers(config: ModelConfig, stages: int, sizes: Mapping[str, float], room: float = inf) -> tuple[range, ...]:
+    """Layers in stages, none empty. A step of decoding takes as long as its slowest stage, and that one as long as it
+    reads: its layers and the head, but of the embedding only rows. So of the divisions whose stages all hold at most
+    `room` bytes it is one whose largest reading is the least; where there is none, one whose fullest stage holds the
+    least, embedding and head counted in."""
+    table = sizes["tok_embeddings.weight"]
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.")) / config.n_layers
+    head = [0.0] * (stages - 1) + [sizes.get("output.weight", table)]
+    ends = [table + head[0], *head[1:]]
+    counts = _divide(config.n_layers, layer, head, ends, room)
+    if any(count * layer + end > room for count, end in zip(counts, ends, strict=True)):
+        counts = _divide(config.n_layers, layer, ends, ends, inf)
+    bounds = [0, *accumulate(counts)]
+    return tuple(range(begin, end) for begin, end in pairwise(bounds))
 
-    def size(count: int, stage: int) -> int:
-        return count * layer + table * ((stage == 0) + (stage == stages - 1))
 
-    def counts(limit: int) -> list[int]:
-        """The most layers that each stage takes within `limit`."""
-        ends = [table * ((stage == 0) + (stage == stages - 1)) for stage in range(stages)]
-        return [max(0, limit - end) // layer for end in ends]
+def _divide(layers: int, layer: float, read: Sequence[float], held: Sequence[float], room: float) -> list[int]:
+    """How many of `layers` each stage takes, so that the most that one reads is as little as can be, within `room`
+    where that can be. layer: bytes of one. read, held: a stage's bytes besides."""
+    counts = [1] * len(read)
 
-    candidates = sorted({size(count, stage) for count in range(1, config.n_layers + 1) for stage in range(stages)})
-    limit = next(c for c in candidates if min(counts(c)) >= 1 and sum(counts(c)) >= config.n_layers)
-    taken, spare = counts(limit), sum(counts(limit)) - config.n_layers
-    while spare:  # the stage that is the largest gives one back
-        largest = max((s for s in range(stages) if taken[s] > 1), key=lambda s: size(taken[s], s))
-        taken[largest] -= 1
-        spare -= 1
-    ends = [sum(taken[: stage + 1]) for stage in range(stages)]
-    return [range(end - count, end) for count, end in zip(taken, ends, strict=True)]
+    def cost(stage: int) -> tuple[bool, float, int]:
+        own = (counts[stage] + 1) * layer
+        return own + held[stage] > room, own + read[stage], -stage  # of equals a later one: rank 0 has the engine
+
+    for _ in range(layers - len(counts)):
+        counts[min(range(len(counts)), key=cost)] += 1
+    return counts
 
 
 def part(extent: int, parts: int, index: int) -> tuple[int, int]:

@@ -98,7 +98,13 @@ def test_an_int8_cache_takes_head_dim_and_four_bytes_for_each_key_and_value_of_a
     assert found == 1000 * 32 * 2 * 8 * (128 + 4)
     run = command("inspect", tmp_path, "--cache", "int4")
     assert (run.code, run.err.count("\n")) == (2, 1)
-    assert "cache 'int4': expected auto or int8" in run.err
+    assert "cache 'int4': expected auto, int8 or fp8" in run.err
+
+
+def test_an_fp8_cache_takes_a_byte_for_each_number(command, tmp_path):
+    write_hollow(tmp_path, V03)
+    found = facts_of(command, tmp_path, "--length", 1000, "--cache", "fp8")["cache"]["bytes"]
+    assert found == 1000 * 32 * 2 * 8 * 128
 
 
 def test_with_windows_in_all_layers_any_length_fits(command, tmp_path, monkeypatch):

@@ -75,6 +75,7 @@ def main() -> None:
     from maestrale.torch_backend.model import Transformer
     from maestrale.torch_backend.triton.model import FusedTransformer, Step
     from maestrale.torch_backend.triton.packed import PackedLinear, to_fp8
+    from maestrale.torch_backend.triton.packed_experts import PackedStack
     from maestrale.torch_backend.triton.tiles import Tiles, n_splits, tile_queries
 
     global label
@@ -84,13 +85,14 @@ def main() -> None:
     configs = {
         "7B": (ModelConfig(*large, (None,)), torch.bfloat16),
         "7B W": (ModelConfig(*large, (4096,)), torch.float16),
+        "7B, fp8 cache": (ModelConfig(*large, (None,)), torch.bfloat16),
         "8x7B": (ModelConfig(*large, (None,), moe=MoeConfig(8, 2)), torch.bfloat16),
         "small": (ModelConfig(96, 1, 24, 160, 6, 2, 512, 1e-5, 1e4, (40,), moe=MoeConfig(4, 2)), torch.float32),
     }
     for name, (config, dtype) in configs.items():
         model = Transformer(config).to(dtype).requires_grad_(False)
         layout = CacheLayout(16, 4096, 2048, config.windows, (256,), (1024,))
-        cache = PagedCache(config, layout, dtype, meta, None)
+        cache = PagedCache(config, layout, dtype, meta, None, fp8="fp8 cache" in name)
         fused = FusedTransformer(model)
         for tokens, decode in ((1, True), (64, True), (2048, False)):
             label, whole = (
@@ -117,6 +119,13 @@ def main() -> None:
     for layer in layers:
         for rows in (1, 64, 65):
             layer(x.bfloat16()[:1].expand(rows, -1).contiguous())
+        stack, counts = PackedStack([layer] * 16), torch.empty(8, dtype=torch.int32)
+        for pairs in (2, 128, 2048):
+            label = f"packed experts, {layer.format}, {pairs} pairs"
+            every = torch.empty(pairs, dtype=torch.int32)
+            rows = max(16, triton.next_power_of_2(pairs // 4))
+            h = stack.up(torch.empty(pairs // 2, 4096, dtype=torch.bfloat16), every, counts, rows)
+            PackedStack([layer] * 8).down(h, every.float(), counts, rows)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,25 @@ def test_queries_are_turned_and_keys_and_values_kept_where_the_law_says(dtype, H
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_an_fp8_cache_keeps_what_torch_would_round_and_saturates(dtype, device):
+    torch.manual_seed(1)
+    H, G, C, T = 2, 2, 8, 6
+    qkv = (torch.randn(T, (H + 2 * G) * C) * 10.0 ** torch.arange(-3, 3)[:, None]).to(dtype)
+    qkv[5, -1], qkv[5, -2] = 3000.0, -460.0
+    pools = torch.zeros(2, 32, G, C, dtype=torch.float8_e4m3fn)
+    cos, sin = torch.ones(T, C // 2), torch.zeros(T, C // 2)  # no turn: what is kept is what came
+    every = torch.arange(T, dtype=torch.int32)
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    on_device = pools.to(device)
+    parts = [part.to(device) for part in (cos, sin, every, every * 0, table)]
+    turn_and_keep(qkv.to(device), *on_device, *parts, 16)
+    got = on_device.cpu().float()[:, 16 : 16 + T]
+    expected = qkv.float().clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(got[0], expected[:, H * C : (H + G) * C].unflatten(1, (G, C)), atol=0, rtol=0)
+    torch.testing.assert_close(got[1], expected[:, (H + G) * C :].unflatten(1, (G, C)), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_silus_product_is_the_models(dtype, device):
     both = 3 * torch.randn(3, 2 * 70).to(dtype)
     expected = silu(both[:, :70]) * both[:, 70:]

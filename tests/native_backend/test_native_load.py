@@ -99,7 +99,7 @@ def test_auto_takes_native_but_for_what_torch_alone_can_do(options, expected, tm
         ({"backend": "torch", "weights": "int4"}, "the torch backend does not quantize; take backend native"),
         ({"tensor_parallel": -1}, "tensor_parallel = -1: expected a whole number from 1 to 65536"),
         ({"backend": "torch", "cache": "int8"}, "cache int8: the torch backend does not quantize; take backend native"),
-        ({"cache": "int4"}, "cache 'int4': expected auto or int8"),
+        ({"cache": "int4"}, "cache 'int4': expected auto, int8 or fp8"),
         ({"threads": 0}, "threads = 0: expected a whole number from 1 to 1024"),
     ],
 )

@@ -19,6 +19,7 @@ from maestrale.mesh import Mesh, shards
 from maestrale.native_backend import stage as native_stage
 from maestrale.parallel.link import Link
 from maestrale.parallel.runner import open_ranks
+from maestrale.plan import tensor_plan
 from maestrale.sampling.params import SamplingParams
 from maestrale.torch_backend import stage as torch_stage
 
@@ -41,7 +42,8 @@ def answer(case):
     with open_checkpoint(case["folder"]) as checkpoint:
         config = checkpoint.config
         adapters = [open_adapter(case["adapter"], config)] if case["adapter"] else []
-        shard, dtype = shards(config, mesh)[link.rank], case["dtype"]
+        sizes = {name: plan.size for name, plan in tensor_plan(config).items()}
+        shard, dtype = shards(config, mesh, sizes)[link.rank], case["dtype"]
 
         def stage(layout):
             if case["backend"] == "native":
@@ -50,7 +52,7 @@ def answer(case):
             return torch_stage.open_stage(checkpoint, shard, layout, dtype, "cpu", link.sum_stage, silent, adapters)
 
         try:
-            runner = open_ranks(shard, link, 0, lambda _: layout_for(config.windows), stage)
+            runner = open_ranks(shard, link, 0, 1 << 30, lambda _: layout_for(config.windows), stage)
         except SystemExit:
             return None
     engine = Engine(runner, config.vocab_size, None, 8, ["a"] * len(adapters))

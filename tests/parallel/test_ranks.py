@@ -63,20 +63,22 @@ class Case:
 
 
 def cases(size):
-    """For `size` ranks; experts are divided where there are any."""
-    for name, config in MODELS.items():
-        for mesh in MESHES[size]:
-            if mesh[2] == 1 or config.moe:
-                yield Case(name, mesh)
-            if name in ADAPTED and (mesh[2] == 1 or config.moe):
+    """For `size` ranks: every model over every mesh that divides it, greedy and drawn; packed where it is; one in
+    bfloat16; and stages of every format on the native backend. Experts are divided where there are any."""
+    for mesh in MESHES[size]:
+        models = [name for name, config in MODELS.items() if mesh[2] == 1 or config.moe]
+        for name in models:
+            yield Case(name, mesh)
+            yield Case(name, mesh, asked="seeded")
+            if name in ADAPTED:
                 yield Case(name, mesh, adapter=True)
-        yield Case(name, MESHES[size][0], asked="seeded")
-    yield Case("two_kv_heads", MESHES[size][-1 if size < 4 else 2], "BF16")
-    for name, weights in PACKED.items():
-        yield Case(name, MESHES[size][-1 if size < 4 else 2], weights=weights)
-    if kernels.missing() is None and size < 4:
+            if name in PACKED:
+                yield Case(name, mesh, weights=PACKED[name])
+        yield Case(models[1 % len(models)], mesh, "BF16")
+    if kernels.missing() is None:
         for name, weights in NATIVE:
             yield Case(name, (size, 1, 1), "F32" if weights == "f32" else "BF16", "greedy", "native", weights)
+        yield Case("mixture", (size, 1, 1), "BF16", "seeded", "native", "int4")
 
 
 def random_adapter(config):
@@ -145,6 +147,8 @@ ALL = [pytest.param(size, case, id=f"{size}-{case}") for size in MESHES for case
 # Adapters are compared with a model that they are merged into, and weights of fewer bits give logits of their own: both
 # are held against one process alone.
 TRANSFORMERS = [one for one in ALL if not one.values[1].adapter and one.values[1].weights in ("", "f32")]
+# In bfloat16 torch's sums round differently over ranks and in other batches: a near tie may fall the other way.
+ONE_PROCESS = [one for one in ALL if one.values[1].dtype == "F32" or one.values[1].backend == "native"]
 
 
 def errors(folder, model, prompt, tokens, dtype):
@@ -178,10 +182,8 @@ def test_ranks_give_what_transformers_gives(size, case, models, answers):
             assert error.mean() < 1.5 * errors(folder, model, prompt, answer["tokens"], case.dtype).mean()
 
 
-@pytest.mark.parametrize(("size", "case"), ALL)
+@pytest.mark.parametrize(("size", "case"), ONE_PROCESS)
 def test_ranks_give_the_tokens_of_one_process(size, case, models, answers):
-    if case.dtype != "F32" and case.backend == "torch":
-        pytest.skip("sums over ranks round differently in bfloat16: a near tie may fall the other way")
     wanted = alone(case, models[case.folder][1])
     if case.adapter:
         adapted = alone(case, models[f"{case.model}-merged"][1])

@@ -1,4 +1,6 @@
 import collections
+import fractions
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from maestrale.errors import RequestError
 from maestrale.sampling import policy
+from maestrale.sampling.mask import Mask
 from maestrale.sampling.params import SamplingParams
 from maestrale.sampling.policy import History, history_for, sample, token_logprob, uniform
 
@@ -73,6 +76,20 @@ def test_draws_follow_the_probabilities_of_transformers(options, monkeypatch):
             monkeypatch.setattr(policy, "uniform", lambda *_, u=u: float(u))
             token = sample(logits, params, 0, 0, 3, history=history_for(params, ids, 200))
             assert token == np.searchsorted(expected, u, side="right")
+
+
+@pytest.mark.parametrize("vocab_size", [1, 255, 256, 257, 2000])
+def test_a_draw_is_the_first_token_at_which_the_running_sum_exceeds_the_number(vocab_size, monkeypatch):
+    draw = np.random.default_rng(vocab_size)
+    logits = draw.standard_normal(vocab_size).astype(np.float32) * 4
+    logits[draw.random(vocab_size) < 0.3] = logits[700:1300] = -np.inf  # whole blocks among them
+    logits[-1] = 1
+    weights = [math.exp(x - 1) for x in logits.tolist()]
+    sums = list(itertools.accumulate(map(fractions.Fraction, weights)))  # without rounding
+    for u in [0.0, 2.0**-53, 1 - 2.0**-53, *draw.random(300).tolist()]:
+        monkeypatch.setattr(policy, "uniform", lambda *_, u=u: u)
+        expected = next(i for i, upto in enumerate(sums) if upto > fractions.Fraction(u) * sums[-1])
+        assert sample(logits, SamplingParams(temperature=1), 0, 0, 0) == expected
 
 
 def chi_square_fits(counts, expected):
@@ -288,15 +305,15 @@ def test_logprobs_are_those_of_the_raw_logits(scale):
 
 
 class Only(list):
-    """The ids that are allowed, of 40. tells: whether it knows without being asked for all that there is but one."""
+    """The ids that are allowed, of `size`. tells: whether it knows without being asked for all if there is but one."""
 
-    tells = False
+    tells, ready, size = False, False, 40
 
     def only(self):
         return self[0] if self.tells and len(self) == 1 else None
 
-    def bits(self):
-        return np.packbits(np.isin(np.arange(40), self), bitorder="little")
+    def mask(self):
+        return Mask(np.packbits(np.isin(np.arange(self.size), self), bitorder="little").tobytes(), self.size)
 
 
 @given(
@@ -305,10 +322,11 @@ class Only(list):
     temperature=st.sampled_from([0, 0.7, 2]),
     seed=st.integers(0, 5),
     tells=st.booleans(),
+    ready=st.booleans(),
 )
-def test_what_is_not_allowed_is_as_if_its_logit_were_minus_infinity(logits, allowed, temperature, seed, tells):
+def test_what_is_not_allowed_is_as_if_its_logit_were_minus_infinity(logits, allowed, temperature, seed, tells, ready):
     row, may = np.array(logits, np.float32), Only(i for i in range(7) if allowed[i])
-    may.tells = tells
+    may.tells, may.ready, may.size = tells, ready, 7
     params = SamplingParams(temperature=temperature, logit_bias={1: 3.0}, top_k=2, repetition_penalty=1.3)
     lowered = np.array([x if ok else -np.inf for x, ok in zip(logits, allowed, strict=True)], np.float32)
     if not np.isfinite(lowered).any():

@@ -65,14 +65,25 @@ def test_what_one_key_has_computed_is_not_found_by_another(start):
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "[::1]:8", "LOCALHOST:99"])
 def test_loopback_names_are_served(bytes_server, host):
-    assert bytes_server.get("/health", {"host": host}).status == 200
+    assert bytes_server.get("/version", {"host": host}).status == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80", "", "[::2]"])
 def test_another_name_is_refused_on_loopback(bytes_server, host):
     """A page of another site whose name resolves to 127.0.0.1 must not reach us."""
-    answer = bytes_server.get("/health", {"host": host})
-    assert (answer.status, answer.error["code"]) == (403, "unknown_host")
+    for path in ("/version", "/", "/v1/models", "//ready", "/health/"):
+        answer = bytes_server.get(path, {"host": host})
+        assert (answer.status, answer.error["code"]) == (403, "unknown_host"), path
+
+
+def test_a_probe_may_name_any_address(start):
+    """An orchestrator asks a pod by its address, a container itself by loopback's, whatever names are served."""
+    server = start("--allowed-host", "api.example")
+    for host in ("10.1.2.3:8000", "127.0.0.1:8000", "api.example"):
+        for path in ("/health", "/ready"):
+            assert server.get(path, {"host": host}).status == 200
+    assert server.get("/version", {"host": "10.1.2.3:8000"}).status == 403
+    assert server.get("/version", {"host": "api.example"}).status == 200
 
 
 def test_cors_only_where_it_is_asked_for(bytes_server, start):

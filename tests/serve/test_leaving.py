@@ -23,6 +23,16 @@ def test_a_client_that_leaves_gives_its_pages_back_within_a_second(bytes_server,
     assert bytes_server.complete("Once").status == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_client_that_leaves_amid_its_body_is_no_fault_of_the_server(start, path):
+    server = start()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f'POST {path} HTTP/1.1\r\n{HEAD}100\r\n\r\n{{"prompt": "On'.encode())
+    eventually(lambda: server.metric("maestrale_http_responses_total", route=path, status="499") == 1, 5)
+    assert server.metric("maestrale_http_responses_total", route=path, status="500") == 0
+    assert not [line for line in server.log if "Traceback" in line]
+
+
 def test_who_leaves_the_queue_is_forgotten(start):
     server = start("--max-sequences", 1)
     first = open_request(server, "/v1/completions", LONG)
@@ -103,3 +113,6 @@ def test_a_request_that_takes_too_long_is_cancelled(start):
     assert len(events) > 2
     assert events[-1]["error"]["type"] == "timeout_error"
     eventually(lambda: server.pages_used() == 0, 5)  # after the step that is under way
+    many = {"input": ["x" * 1000] * 1000}
+    assert server.post("/v1/embeddings", many).error["type"] == "timeout_error"
+    assert server.complete("Once").status == 200

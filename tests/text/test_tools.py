@@ -83,7 +83,7 @@ def first_refused(matcher, ids):
 
 
 def may(matcher):
-    return set(np.unpackbits(matcher.bits(), bitorder="little").nonzero()[0].tolist())
+    return set(np.unpackbits(np.frombuffer(matcher.mask().bits, np.uint8), bitorder="little").nonzero()[0].tolist())
 
 
 def read(tokenizer, ids):

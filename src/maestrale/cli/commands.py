@@ -50,7 +50,8 @@ def _help(session: Session, rest: str) -> None:
     width = max(len(f"/{name} {command.arguments}") for name, command in COMMANDS.items())
     for name, command in COMMANDS.items():
         print(f"{f'/{name} {command.arguments}':{width}}  {command.help}")
-    print('\nBetween """ and """ a message may have several lines; so may one that is pasted, or typed with Alt-Enter.')
+    note = 'Between """ and """ a message may have several lines; so may one that is pasted, or typed with Alt-Enter.'
+    print("", *wrap(note, get_terminal_size().columns - 1), sep="\n")
     print("Ctrl-C stops a reply; at the empty prompt it leaves, as Ctrl-D does.")
 
 

@@ -26,7 +26,9 @@ IgnoreUnexpected = Annotated[
     bool, Option(help="Go on where the files hold tensors that the model has no place for.", group=MODEL)
 ]
 Json = Annotated[bool, Option("--json", help="Print JSON for programs.")]
-Cache = Annotated[str, Option(help="Of keys and values: auto (as computed) or int8, half of bfloat16.", group=MODEL)]
+Cache = Annotated[
+    str, Option(help="Of keys and values: auto (as computed), or int8 (torch: fp8), half of bfloat16.", group=MODEL)
+]
 MaxTokens = Annotated[int, Option(help="Most tokens to generate for a prompt.")]
 MaxBatchTokens = Annotated[int | None, Option(help="Most tokens computed in one step.", group=MODEL)]
 Temperature = Annotated[float, Option(help="0 takes the likeliest token, 1 draws as the model says.", group=SAMPLING)]

@@ -46,7 +46,7 @@ def read_devices(text: str, bandwidth: float, link: float) -> Devices:
 def splits(config: ModelConfig, devices: Devices, length: int, batch: int, element_bytes: int) -> list[dict[str, Any]]:
     """Every division over exactly `devices.count` ranks, the fastest for one sequence first, those that do not fit
     last. Bytes are those of the fullest rank; times in seconds."""
-    found = []
+    found, sizes = [], {name: plan.size * element_bytes for name, plan in tensor_plan(config).items()}
     for tensor in range(1, devices.count + 1):
         if devices.count % tensor:
             continue
@@ -54,7 +54,7 @@ def splits(config: ModelConfig, devices: Devices, length: int, batch: int, eleme
         for expert in groups:
             mesh = Mesh(devices.count // tensor, tensor, expert)
             try:
-                ranks = shards(config, mesh)
+                ranks = shards(config, mesh, sizes, devices.memory)
             except UsageError:
                 continue
             found.append(_cost(config, mesh, ranks, devices, length, batch, element_bytes))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from maestrale.batch import Batch
+from maestrale.batch import Batch, Draws
 from maestrale.engine.scheduler import Schedule
 
 
-def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
+def assemble(schedule: Schedule, wanted: list[range], n_kinds: int, draws: Draws | None = None) -> Batch:
     """wanted: for each sequence of the schedule, the positions (of those computed now) whose logits are wanted."""
     token_ids: list[int] = []
     positions: list[int] = []
@@ -35,4 +35,5 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int) -> Batch:
         logit_rows=np.array(logit_rows, np.int64),
         experts=any(sequence.request.params.experts for sequence, _ in schedule.work),
         adapters=np.array(adapters, np.int64) if max(adapters) >= 0 else None,
+        draws=draws,
     )

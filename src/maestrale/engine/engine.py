@@ -7,14 +7,12 @@ from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from maestrale.batch import Batch, Pipelined, Runner
+from maestrale.batch import Batch, Drawing, Pipelined, Rows, Runner
 from maestrale.engine.assemble import assemble
 from maestrale.engine.checks import check_prompt, check_width
 from maestrale.engine.confine import Suspects, as_ours
 from maestrale.engine.counters import Counters, PoolCounters
+from maestrale.engine.drawing import draws_for
 from maestrale.engine.growth import Growth
 from maestrale.engine.pages import Pages
 from maestrale.engine.prefix import PrefixCache
@@ -71,6 +69,7 @@ class Engine:
         self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
         self._pipeline = runner if isinstance(runner, Pipelined) else None
         self._depth = 1 if self._pipeline is None else self._pipeline.depth
+        self._draws = isinstance(runner, Drawing) and runner.draws
         self.speculation = Speculation(runner.layout.max_chunk, speculate and self._depth == 1)
         self.growth = Growth(self.scheduler, self.speculation, vocab_size, tokenizer)
         self.suspects = Suspects()
@@ -146,7 +145,8 @@ class Engine:
         self.steps += 1
         self._in_step = [pool.held for pool in self.pages.pools]
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
-        batch = assemble(schedule, wanted, len(self.pages.pools))
+        draws = draws_for(schedule, wanted, self.growth.eos_ids) if self._draws else None
+        batch = assemble(schedule, wanted, len(self.pages.pools), draws)
         parts = {}
         for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
             drafted = max(count - sequence.pending, 0)
@@ -173,18 +173,16 @@ class Engine:
         ready: dict[Request, list[tuple[Sequence, list[Row]]]] = {}
         row = 0
         for sequence, part in step.parts.items():
-            rows, row = output.logits[row : row + len(part.wanted)], row + len(part.wanted)
+            begin, row = row, row + len(part.wanted)
             if sequence.request.finished:  # while it was under way
                 continue
             try:
-                self._read_prompt_rows(sequence, part.wanted, rows)
+                self._read_prompt_rows(sequence, part.wanted, output.logits, begin)
             except Exception as error:  # its own rows are bad: no concern of the others
                 self._fail(sequence.request, error)
             self.prefixes.publish(sequence)
             if part.last and not sequence.request.finished:
-                last = range(row - 1 - part.drafted, row)
-                experts = [None if output.experts is None else output.experts[i] for i in last]
-                own = [Row(output.logits[i], chosen) for i, chosen in zip(last, experts, strict=True)]
+                own = [Row(output, i) for i in range(row - 1 - part.drafted, row)]
                 ready.setdefault(sequence.request, []).append((sequence, own))
         for request, last_rows in ready.items():
             try:
@@ -251,15 +249,17 @@ class Engine:
         end = sequence.computed + count
         return range(max(sequence.computed, min(sequence.first_wanted, end)), end)
 
-    def _read_prompt_rows(self, sequence: Sequence, positions: range, rows: NDArray[np.float32]) -> None:
-        """Keeps what was asked of the prompt's own rows: row p says how likely the token at p + 1 was."""
+    def _read_prompt_rows(self, sequence: Sequence, positions: range, logits: Rows, begin: int) -> None:
+        """Keeps what was asked of the prompt's own rows: row p says how likely the token at p + 1 was. begin: where
+        they stand in the step's logits."""
         request = sequence.request
         if request.logits is not None:
-            request.logits.extend(rows.copy())
+            request.logits.extend(logits[begin : begin + len(positions)].copy())
         if request.params.prompt_logprobs is None or request.forked:
             return
-        for position, row in zip(positions, rows, strict=True):
+        for i, position in enumerate(positions, begin):
             if position + 1 < len(request.prompt) and position + 1 == len(request.prompt_logprobs):
-                logprob, top = token_logprob(row, request.prompt[position + 1], request.params.prompt_logprobs)
+                token, count = request.prompt[position + 1], request.params.prompt_logprobs
+                logprob, top = token_logprob(logits[i], token, count)
                 request.prompt_logprobs.append(logprob)
                 request.prompt_top_logprobs.append(top)

@@ -15,12 +15,12 @@ from maestrale.text.tokenizer import Tokenizer
 
 
 class Growth:
-    """scheduler: there requests end. speculation: it learns what its drafts were worth."""
+    """scheduler: there requests end. speculation: it learns what its drafts were worth. eos_ids: tokens that end."""
 
     def __init__(self, scheduler: Scheduler, speculation: Speculation, vocab_size: int, tokenizer: Tokenizer | None):
         self._scheduler, self._pages, self._speculation = scheduler, scheduler.pages, speculation
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
-        self._eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
+        self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
 
     def prepare(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -63,17 +63,19 @@ class Growth:
 
     def _append(self, sequence: Sequence, row: Row) -> Completion:
         request, params = sequence.request, sequence.request.params
-        eos_ids = () if params.ignore_eos else self._eos_ids
+        eos_ids = () if params.ignore_eos else self.eos_ids
         matcher, piece = sequence.matcher, Completion(index=sequence.index)
         if matcher is not None and matcher.finished:  # only the empty text will do
             return self._finish(sequence, "stop", piece)
-        token = sample(
-            row.logits, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, matcher
-        )
+        token = row.token
+        if token < 0:
+            token = sample(
+                row.logits, params, request.seed, sequence.index, sequence.generated, eos_ids, sequence.history, matcher
+            )
         if token in eos_ids:
             return self._finish(sequence, "stop", piece)
         if matcher is not None:
-            matcher.consume(token)
+            matcher.consume(token, ahead=params.temperature > 0)
         sequence.tokens.append(token)
         if sequence.history is not None:
             sequence.history.append(token)
@@ -81,8 +83,8 @@ class Growth:
         if params.logprobs is not None:
             logprob, top = token_logprob(row.logits, token, params.logprobs)
             piece.logprobs, piece.top_logprobs = [logprob], [top]
-        if params.experts and row.experts is not None:
-            piece.experts = [row.experts.tolist()]
+        if params.experts and (experts := row.experts) is not None:
+            piece.experts = [experts.tolist()]
         if sequence.decoder is not None:
             piece.text = sequence.decoder.push(token)
             if matcher is not None and matcher.calls_begun:  # nothing stops inside a call
@@ -145,7 +147,7 @@ class Growth:
             request.beam = BeamSearch(
                 params.beam_width,
                 request.length_limit - len(request.prompt),
-                () if params.ignore_eos else self._eos_ids,
+                () if params.ignore_eos else self.eos_ids,
                 params.length_penalty,
                 params.min_tokens,
             )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from maestrale.batch import StepOutput
 from maestrale.engine.lookup import LookUp
 from maestrale.engine.pages import PageTable
 from maestrale.errors import MaestraleError
@@ -65,10 +66,23 @@ class Completion:
 
 
 class Row(NamedTuple):
-    """What a step says of one position. logits: float32 [vocab]. experts: int16 [layers, K], where asked for."""
+    """What a step says of one position: row `at` of its output. logits: float32 [vocab]. experts: int16 [layers, K],
+    where asked for. token: what the runner has drawn, -1 where that is left to us."""
 
-    logits: NDArray[np.float32]
-    experts: NDArray[np.int16] | None
+    output: StepOutput
+    at: int
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        return self.output.logits[self.at]
+
+    @property
+    def experts(self) -> NDArray[np.int16] | None:
+        return None if self.output.experts is None else self.output.experts[self.at]
+
+    @property
+    def token(self) -> int:
+        return -1 if self.output.tokens is None else int(self.output.tokens[self.at])
 
 
 class Sequence:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.memory import keep_rows
 from maestrale.native_backend.embed import embed
 from maestrale.native_backend.load import Body, load_model
 
@@ -64,6 +65,7 @@ def open_runner(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> NativeRunner:
     """The checkpoint's model, with its cache and linear layers as `load_model` says."""
+    keep_rows()
     with memory_errors():
         model, body = load_model(checkpoint, layout, weights, cache=cache, threads=threads, progress=progress)
     return NativeRunner(model, layout, body)

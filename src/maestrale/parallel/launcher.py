@@ -28,9 +28,15 @@ def world() -> tuple[int, int, int]:
     ):
         if size in os.environ:
             try:
-                return int(os.environ[rank]), int(os.environ[size]), int(os.environ[local])
+                told = int(os.environ[rank]), int(os.environ[size]), int(os.environ[local])
             except (KeyError, ValueError):
                 raise UsageError(f"{rank}, {size} and {local} must all be whole numbers: start with torchrun") from None
+            if not (0 <= told[0] < told[1] and 0 <= told[2] < told[1]):
+                raise UsageError(
+                    f"{rank}={told[0]}, {size}={told[1]}, {local}={told[2]}: ranks go from 0 to {size} - 1: "
+                    "start with torchrun"
+                )
+            return told
     return 0, 1, 0
 
 
@@ -38,10 +44,25 @@ def ranks_on_this_host() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") or 1)
 
 
+def hush_torch() -> None:
+    """A rank that finds no other: torch tells it in pages of frames, we in a line. Before torch is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
+
 def set_rendezvous(size: int) -> None:
-    """Open MPI starts processes but says no address; on one host it is this one."""
-    if "OMPI_COMM_WORLD_SIZE" not in os.environ or "MASTER_ADDR" in os.environ:
-        return
+    """MASTER_ADDR and MASTER_PORT: where the ranks meet. Open MPI starts processes but says no address; on one host it
+    is this one. UsageError where nobody says any."""
+    if "OMPI_COMM_WORLD_SIZE" in os.environ and "MASTER_ADDR" not in os.environ:
+        _set_address_under_mpirun(size)
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not (port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UsageError(
+            f"MASTER_ADDR={address or ''}, MASTER_PORT={port}: expected an address of rank 0's host and a port: "
+            "start with torchrun"
+        )
+
+
+def _set_address_under_mpirun(size: int) -> None:
     if os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") != str(size):
         raise UsageError("several hosts under mpirun: set MASTER_ADDR and MASTER_PORT to an address of rank 0's host")
     os.environ["MASTER_ADDR"] = "127.0.0.1"

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.errors import DistributedError, MaestraleError, MemoryLimitError
-from maestrale.memory import available_memory, cache_budget, peak_memory
-from maestrale.mesh import Shard, stage_layers
+from maestrale.memory import cache_budget, peak_memory
+from maestrale.mesh import Shard
 from maestrale.parallel.link import Link
 from maestrale.parallel.wire import pack_batch, unpack_batch
 from maestrale.plan import cache_bytes
@@ -104,7 +104,7 @@ class Worker:
             return logits_NV
         parts = [logits_NV.cpu()]
         for other in range(1, self.shard.mesh.tensor):
-            begin, end = Shard(self.shard.config, self.shard.mesh, leader + other, self.shard.layers).span("vocab")
+            begin, end = replace(self.shard, rank=leader + other).span("vocab")
             part = torch.empty(len(logits_NV), end - begin, dtype=logits_NV.dtype)
             parts.append(self.link.receive(part, leader + other))
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -174,11 +174,11 @@ class ParallelRunner:
             return answer
         logits_NV, experts = answer.logits_NV, answer.experts
         if logits_NV is None:
-            mesh, config = self._link.mesh, self._worker.shard.config
-            logits_NV = torch.empty(answer.rows, config.vocab_size)
+            mesh, shard = self._link.mesh, self._worker.shard
+            logits_NV = torch.empty(answer.rows, shard.config.vocab_size)
             if experts is not None and answer.rows:
                 parts = [experts]
-                for stage, layers in enumerate(stage_layers(config, mesh.pipeline)[1:], start=1):
+                for stage, layers in enumerate(shard.stages[1:], start=1):
                     part = torch.empty(answer.rows, len(layers), experts.shape[2], dtype=torch.int16)
                     parts.append(self._link.receive(part, stage * mesh.tensor).numpy())
                 experts = np.concatenate(parts, axis=1)
@@ -200,17 +200,18 @@ def open_ranks(
     shard: Shard,
     link: Link,
     weight_bytes: int,
+    memory: int,
     layout_for: Callable[[int], CacheLayout],
     open_stage: Callable[[CacheLayout], Stage],
 ) -> ParallelRunner:
     """Loads every rank's share. Returns on rank 0 only; on the others it works until rank 0 lets them go, and leaves.
 
-    weight_bytes: of this rank's share. layout_for: from the bytes that the cache of the whole model may take to the
-    cache's layout. DistributedError, on every rank, where one of them cannot do its part.
+    weight_bytes: of this rank's share. memory: bytes that this rank may take. layout_for: from the bytes that the cache
+    of the whole model may take to the cache's layout. DistributedError, on every rank, where one of them cannot do its
+    part.
     """
 
     def room() -> int:
-        memory = available_memory() // link.ranks_on_host
         if weight_bytes > memory:
             raise MemoryLimitError(f"its share of the weights takes {weight_bytes:,} bytes, {memory:,} are to be had")
         return cache_budget(memory, weight_bytes)

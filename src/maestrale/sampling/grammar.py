@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +20,14 @@ from numpy.typing import NDArray
 
 from maestrale.errors import RequestError, UsageError
 from maestrale.sampling.constraint import Constraint
+from maestrale.sampling.mask import Mask
 from maestrale.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _KEPT = 64  # compiled constraints of a tokenizer
+_MASKS = 32  # sets of tokens that are kept ready: within a string, say, each token may be followed by the same ones
 _LEXER_FUEL = 300_000  # the library's own unit of work: (a{1000}){1000} is given up after half a second
 # Between the parts of JSON: a space, or a new line and its indentation; never an endless run of blanks.
 _JSON_SPACE = r"\x20|\n[\x20\t]{0,16}"
@@ -41,53 +45,79 @@ class Matcher:
     """
 
     def __init__(
-        self, matcher: LLMatcher, constraint: Constraint, vocabulary: Vocabulary, first: NDArray[np.uint8] | None = None
+        self,
+        matcher: LLMatcher,
+        constraint: Constraint,
+        vocabulary: Vocabulary,
+        masks: Callable[[bytes], Mask],
+        first: NDArray[np.uint8] | None = None,
     ):
-        """first: the tokens that may come first, a bit for each; None where all may that the constraint allows.
+        """masks: a set of tokens from its bits, the same object again where it can. first: the tokens that may come
+        first, a bit for each; None where all may that the constraint allows.
 
         RequestError where none may."""
-        self._matcher, self._constraint = matcher, constraint
-        self._size, self._eos_id = vocabulary.size, vocabulary.eos_id
+        self._matcher, self._constraint, self._masks = matcher, constraint, masks
+        self._eos_id, self._bytes = vocabulary.eos_id, -(-vocabulary.size // 8)
         self._calls_id = vocabulary.controls.get("[TOOL_CALLS]") if constraint.calls else None
-        self.calls_begun = False
-        bits = self._all()
-        self._bits: NDArray[np.uint8] | None = bits if first is None else bits & first
+        self.calls_begun = self.finished = False
+        self._mask: Mask | None = None
         self._only: int | None = None
-        self._asked = True  # whether `_only` is known
-        self._check()
-        if not self._bits.any():
+        self._contested = False  # whether a token has been refused since the last one
+        mask = self.mask()
+        if first is not None:
+            self._mask = masks((np.frombuffer(mask.bits, np.uint8) & first).tobytes())
+        if not self._mask:
             raise _wrong(constraint, "")
+        if matcher.is_stopped():
+            self._stop()
 
     def only(self) -> int | None:
-        if not self._asked:
-            spelling = self._matcher.compute_ff_tokens()  # of a text that there is no choice about
-            self._only, self._asked = spelling[0] if spelling else None, True
         return self._only
 
     def __contains__(self, token: int) -> bool:
-        if self._bits is not None:
-            return bool(self._bits[token >> 3] >> (token & 7) & 1)
+        if self._mask is not None:
+            self._contested |= token not in self._mask
+            return token in self._mask
         if token == self._eos_id:
-            return self._matcher.is_accepting()
-        if not self._asked:
-            self.only()
-        return self._matcher.validate_tokens([token]) == 1 if self._only is None else token == self._only
+            found = self._matcher.is_accepting()
+        else:
+            found = self._matcher.validate_tokens([token]) == 1 if self._only is None else token == self._only
+        self._contested |= not found
+        return found
 
-    def bits(self) -> NDArray[np.uint8]:
+    @property
+    def ready(self) -> bool:
+        return self._mask is not None
+
+    def mask(self) -> Mask:
         """RequestError where the constraint gets too complex, or leads nowhere."""
-        if self._bits is None:
-            self._bits = self._all()
-            self._check()
-            if not self._bits.any():
-                raise _wrong(self._constraint, "")
-        return self._bits
+        if self._mask is None:
+            self._mask = self._all()
+        if self._matcher.is_error() or not self._mask:
+            raise _wrong(self._constraint, self._matcher.get_error())
+        return self._mask
 
-    def consume(self, token: int) -> None:
-        """Go on by a token that was allowed. RequestError where the constraint gets too complex."""
-        self._matcher.consume_token(token)
-        self.calls_begun |= token == self._calls_id
-        self._bits, self._asked = None, False
-        self._check()
+    def consume(self, token: int, ahead: bool = False) -> None:
+        """Go on by a token that was allowed. RequestError where the constraint gets too complex.
+
+        ahead: work out all tokens that may come next, as they will be wanted. (So they will be, mostly, where the token
+        before was not the first to be asked for.) What the library looks at lies in the processor's cache now, and no
+        more after the model's next step."""
+        matcher = self._matcher
+        matcher.consume_token(token)
+        self._mask = self._only = None
+        if token == self._calls_id:
+            self.calls_begun = True
+        if matcher.is_stopped():  # as it is in any error too
+            self._stop()
+            return
+        if matcher.compute_ff_bytes() and (
+            spelling := matcher.compute_ff_tokens()
+        ):  # there is no choice about the text
+            self._only = spelling[0]
+        elif ahead or self._contested:
+            self._mask = self._all()
+        self._contested = False
 
     def copy(self) -> Matcher:
         twin = object.__new__(Matcher)
@@ -95,15 +125,13 @@ class Matcher:
         twin._matcher = self._matcher.deep_copy()
         return twin
 
-    def _all(self) -> NDArray[np.uint8]:
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint8)[: -(-self._size // 8)]
+    def _all(self) -> Mask:
+        return self._masks(self._matcher.compute_bitmask()[: self._bytes])
 
-    def _check(self) -> None:
-        if self._matcher.is_error():
+    def _stop(self) -> None:
+        if self._matcher.is_error() or not self._matcher.is_accepting():
             raise _wrong(self._constraint, self._matcher.get_error())
-        self.finished = self._matcher.is_stopped()
-        if self.finished and not self._matcher.is_accepting():
-            raise _wrong(self._constraint, "")
+        self.finished = True
 
 
 class Grammars:
@@ -114,6 +142,7 @@ class Grammars:
         self._lock = threading.Lock()
         self._trie: Any = None
         self._kept: OrderedDict[tuple[Constraint, bool], Matcher] = OrderedDict()
+        self._masks = lru_cache(_MASKS)(lambda bits: Mask(bits, vocabulary.size))
 
     def matcher(self, constraint: Constraint, drops_space: bool) -> Matcher:
         """A matcher at its beginning. The first for a constraint compiles it (up to a second), later ones are copies.
@@ -149,7 +178,7 @@ class Grammars:
         if matcher.is_error():
             raise _wrong(constraint, matcher.get_error())
         first = _first(self._vocabulary) if drops_space and holds_text else None
-        return Matcher(matcher, constraint, self._vocabulary, first)
+        return Matcher(matcher, constraint, self._vocabulary, self._masks, first)
 
 
 def _grammars(constraint: Constraint, drops_space: bool) -> list[dict[str, Any]]:

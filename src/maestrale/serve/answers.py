@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,12 +23,17 @@ _SHOWN = 80  # characters of a wrong value in an error message
 
 
 async def read_body(request: Request, model: type[B]) -> B:
-    """The body as `model`. ApiError 415 for another content type, 400 for what is no such JSON object."""
+    """The body as `model`. ApiError 415 for another content type, 400 for what is no such JSON object; ClientGone where
+    the client leaves before its end."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"content-type = {kind[:_SHOWN]!r}: expected application/json")
     try:
-        return model.model_validate_json(await request.body())
+        content = await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
+    try:
+        return model.model_validate_json(content)
     except ValidationError as error:
         raise _wrong_body(error) from None
 

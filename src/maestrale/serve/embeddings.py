@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from maestrale.errors import RequestError
 from maestrale.serve.answers import ignored_header, read_body, while_connected
 from maestrale.serve.context import Context
-from maestrale.serve.problems import bad_request
+from maestrale.serve.problems import ApiError, bad_request
 from maestrale.serve.protocol import EmbeddingsRequest
 
 POOLING = "mean of the last hidden states"
@@ -38,7 +39,12 @@ async def _embed(context: Context, body: EmbeddingsRequest) -> Response:
     except RequestError as error:
         raise bad_request(str(error), "input") from None
     works = [context.llm.embed(ids) for ids in encoded]  # all are checked before the first is begun
-    vectors = [await context.service.chore(work) for work in works]
+    seconds = context.settings.request_timeout
+    try:
+        async with asyncio.timeout(seconds):
+            vectors = [await context.service.chore(work) for work in works]
+    except TimeoutError:
+        raise ApiError(408, f"not done within {seconds:g} s: the request was cancelled") from None
     written = [_base64(v) if body.encoding_format == "base64" else v.tolist() for v in vectors]
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(written)]
     count = sum(map(len, encoded))

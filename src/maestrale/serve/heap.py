@@ -6,15 +6,12 @@ import asyncio
 import gc
 import os
 
-from maestrale.memory import give_back_memory, set_allocator
+from maestrale.memory import give_back_memory, keep_rows
 
 # torch on the CPU keeps twice, in oneDNN and above it, what is compiled for each number of rows that a step may have:
 # 817 MiB after 400 numbers with the 1024 entries of each. They are read when torch is imported, which is later.
 _COMPILED = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
-# Left alone, glibc keeps a heap for each thread, and from the first array that is freed on, up to 32 MiB at once within
-# them: 39 of 88 MiB were free and kept after a thousand mixed requests to a small model.
-_LARGE = 8 << 20  # bytes: a step's logits are seldom more and stay at hand, those of a whole prompt are and go back
 _PERIOD = 10  # seconds after which what lies free between what is used goes back too
 
 
@@ -22,7 +19,9 @@ def prepare() -> None:
     """Before the model is opened."""
     for cache in _COMPILED:
         os.environ.setdefault(cache, "128")
-    set_allocator(kept=_LARGE, mapped=_LARGE, heaps=1)
+    # Left alone, glibc keeps a heap for each thread, and from the first array that is freed on, up to 32 MiB at once
+    # within them: 39 of 88 MiB were free and kept after a thousand mixed requests to a small model.
+    keep_rows(heaps=1)
 
 
 def settle() -> None:

@@ -40,4 +40,6 @@ class _Json(logging.Formatter):
 
 def _escaped(text: str) -> str:
     """One line, whatever a client has put into it."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

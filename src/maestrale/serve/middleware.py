@@ -25,7 +25,7 @@ from maestrale.serve.settings import Settings
 log = logging.getLogger("maestrale.serve")
 access = logging.getLogger("maestrale.access")
 
-OPEN = ("/health", "/ready")  # what an orchestrator asks, without a key
+OPEN = (b"/health", b"/ready")  # what an orchestrator asks, without a key, by an address; they tell nothing else
 
 
 class Front:
@@ -78,9 +78,10 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = scope["headers"]
         scope["tenant"] = ""
-        if self.keys and scope["raw_path"].decode("latin-1") not in OPEN:
-            scope["tenant"] = self._tenant(headers)
-        self._check_host([value for name, value in headers if name == b"host"])
+        if scope["raw_path"] not in OPEN:
+            if self.keys:
+                scope["tenant"] = self._tenant(headers)
+            self._check_host([value for name, value in headers if name == b"host"])
         await self.app(scope, receive, send)
 
     def _tenant(self, headers: list[tuple[bytes, bytes]]) -> str:

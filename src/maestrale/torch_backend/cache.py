@@ -14,18 +14,31 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout, slots, visible
 from maestrale.config import ModelConfig
-from maestrale.torch_backend.ops.groups import Group
+from maestrale.torch_backend.ops.groups import FP8, Group, bits
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Group]], torch.Tensor]
 
 
+FP8_LARGEST = 448.0
+
+
 class PagedCache:
-    """The pools of every kind of layer; a page number means the same page in all layers of its kind."""
+    """The pools of every kind of layer; a page number means the same page in all layers of its kind.
+
+    dtype: what is computed in. fp8: keys (turned) and values are kept in e4m3 instead, rounded to nearest on a scale of
+    1: in steps of 2^-3 of their power of two, down to 2^-6, evenly below; what lies beyond 448 becomes 448.
+    """
 
     def __init__(
-        self, config: ModelConfig, layout: CacheLayout, dtype: torch.dtype, device: torch.device, kernel: Kernel
+        self,
+        config: ModelConfig,
+        layout: CacheLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernel: Kernel,
+        fp8: bool = False,
     ):
-        self.layout, self.kernel, self.dtype, self.device = layout, kernel, dtype, device
+        self.layout, self.kernel, self.dtype, self.device, self.fp8 = layout, kernel, dtype, device, fp8
         self.kind_of_layer = [layout.windows.index(window) for window in config.sliding_window]
         self.index_in_kind = [self.kind_of_layer[:i].count(kind) for i, kind in enumerate(self.kind_of_layer)]
         # k and v of a kind: [2, layers of the kind, slots, G, C]. Left unwritten, so that a large pool takes memory
@@ -33,7 +46,7 @@ class PagedCache:
         self.pools = [
             torch.empty(
                 (2, self.kind_of_layer.count(kind), pages * layout.page_size, config.n_kv_heads, config.head_dim),
-                dtype=dtype,
+                dtype=FP8 if fp8 else dtype,
                 device=device,
             )
             for kind, pages in enumerate(layout.pages)
@@ -54,7 +67,7 @@ class PagedCache:
         """copies: a Batch's, of this kind of layer."""
         if len(copies):
             source, target = (torch.from_numpy(copies[:, i].copy()).to(self.device) for i in (0, 1))
-            paged = self.pools[kind].unflatten(2, (-1, self.layout.page_size))
+            paged = bits(self.pools[kind]).unflatten(2, (-1, self.layout.page_size))
             # All sources are read before any target is written: a page freed in this step may be a target in it too.
             paged.index_copy_(2, target, paged.index_select(2, source))
 
@@ -96,6 +109,7 @@ class StepView:
     def __call__(self, layer: int, q_THC: torch.Tensor, k_TGC: torch.Tensor, v_TGC: torch.Tensor) -> torch.Tensor:
         kind = self.cache.kind_of_layer[layer]
         k_SGC, v_SGC = self.cache.pools[kind][:, self.cache.index_in_kind[layer]]
-        k_SGC.index_copy_(0, self.written[kind], k_TGC)
-        v_SGC.index_copy_(0, self.written[kind], v_TGC)
+        for pool_SGC, new_TGC in ((k_SGC, k_TGC), (v_SGC, v_TGC)):
+            kept_TGC = new_TGC.clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8) if self.cache.fp8 else new_TGC
+            bits(pool_SGC).index_copy_(0, self.written[kind], bits(kept_TGC))
         return self.cache.kernel(q_THC, k_SGC, v_SGC, self.groups[kind])

@@ -19,6 +19,7 @@ from maestrale.errors import MemoryLimitError, UsageError
 from maestrale.memory import keep_freed_memory
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
+from maestrale.torch_backend.draw import answer
 from maestrale.torch_backend.embed import embed
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
@@ -28,16 +29,23 @@ from maestrale.torch_backend.watch import Watch
 
 
 class TorchRunner:
-    """A model, its cache and its adapters on one device."""
+    """A model, its cache and its adapters on one device. On a GPU it draws tokens itself, as logits are far to carry;
+    the CPU's numpy is as fast at that as its torch."""
 
     def __init__(
-        self, model: Transformer, layout: CacheLayout, kernel: Kernel = sdpa.attend, adapters: Sequence[Adapter] = ()
+        self,
+        model: Transformer,
+        layout: CacheLayout,
+        kernel: Kernel = sdpa.attend,
+        adapters: Sequence[Adapter] = (),
+        fp8_cache: bool = False,
     ):
         weight = model.norm.weight
         self.adapters = Adapters(model, adapters) if adapters else None
         self.model, self._layout = model, layout
+        self.draws = weight.device.type != "cpu"
         with memory_errors():
-            self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
+            self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel, fp8_cache)
 
     @property
     def layout(self) -> CacheLayout:
@@ -53,7 +61,7 @@ class TorchRunner:
         watch = Watch(self.model) if batch.experts and self.model.config.moe else None
         with memory_errors(), watch or nullcontext():
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
-            return StepOutput(logits_NV.cpu().numpy(), watch.experts(rows_N) if watch else None)
+            return answer(logits_NV, batch.draws, watch.experts(rows_N) if watch else None)
 
     def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
         """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
@@ -90,21 +98,21 @@ def open_runner(
     hidden: bool = False,
     head: NDArray[np.float32] | None = None,
     fp8: bool = False,
+    fp8_cache: bool = False,
 ) -> Runner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
 
     hidden: give what the output layer would read [N, dim] in place of logits. head: another output layer [n, dim].
     fp8: round the linear layers' weights to it. UsageError where the device or the model has no kernels for that.
+    fp8_cache: keep keys and values in it.
     """
     place, kernels = torch.device(device), choose_kernels(torch.device(device))
     if fp8 and kernels != "triton":
         raise UsageError(
             f"weights fp8: only Triton's kernels have it; {device} runs torch's: set MAESTRALE_KERNELS=triton"
         )
-    if fp8 and checkpoint.config.moe is not None:
-        raise UsageError("weights fp8: a mixture's are computed with as they are; leave it out")
     keep: Callable[[PackedWeight], nn.Module] | None = None
-    if kernels == "triton" and checkpoint.config.moe is None:  # a mixture's grouped products take whole weights
+    if kernels == "triton":
         from maestrale.torch_backend.triton.packed import from_packed  # slow to import, and not everywhere
 
         keep = partial(from_packed, device=place, dtype=DTYPES[dtype])
@@ -122,5 +130,5 @@ def open_runner(
     if kernels == "triton":
         from maestrale.torch_backend.triton.runner import TritonRunner
 
-        return TritonRunner(model, layout, adapters)
-    return TorchRunner(model, layout, adapters=adapters)
+        return TritonRunner(model, layout, adapters, fp8_cache)
+    return TorchRunner(model, layout, adapters=adapters, fp8_cache=fp8_cache)

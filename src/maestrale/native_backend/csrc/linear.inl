@@ -93,15 +93,22 @@ struct Plain {
     const uint8_t* x = static_cast<const uint8_t*>(rows.data) + row * rows.stride;
     typename Product::Sum sums[R][V];
     each<R, V>(EACH { sums[r][v] = Product::start(w, block + v); });
+    constexpr int kFours = (R + 3) / 4;  // an address for four rows each: one for each row would not fit in registers
+    const uint8_t* fours[kFours];
+    times<kFours>([&](auto f) __attribute__((always_inline)) { fours[f] = x + f * 4 * rows.stride; });
     for (int64_t step = 0; step < steps; ++step) {
-      Four four[R];
-      times<R>([&](auto r) __attribute__((always_inline)) { four[r] = spread(x + r * rows.stride + step * 4); });
+      decltype(Product::load_weights(data)) weights[V];
       times<V>([&](auto v) __attribute__((always_inline)) {
         __builtin_prefetch(next + v * steps * 64 + step * ahead.step);
-        const auto weights = Product::load_weights(data + (v * steps + step) * 64);
-        times<R>([&](auto r) __attribute__((always_inline)) {
-          sums[r][v] = Product::add(sums[r][v], weights, four[r]);
-        });
+        weights[v] = Product::load_weights(data + (v * steps + step) * 64);
+      });
+      times<R>([&](auto r) __attribute__((always_inline)) {
+        const Four four = spread(fours[r / 4] + r % 4 * rows.stride);
+        times<V>([&](auto v) __attribute__((always_inline)) { sums[r][v] = Product::add(sums[r][v], weights[v], four); });
+      });
+      times<kFours>([&](auto f) __attribute__((always_inline)) {
+        fours[f] += 4;
+        asm("" : "+r"(fours[f]));
       });
     }
     Floats results[R][V];
@@ -214,37 +221,51 @@ struct Exact {
   }
 };
 
-// Rows from `first` on times V blocks: tiles of R rows, then of the next smaller power of two for the rest. At most
-// `most` rows make a pass over the blocks.
-template <class Kind, int R, int V, int most = R>
-inline void every_row(const Weight& w, const Rows& rows, int64_t first, int64_t block, const Output& out) {
-  const int64_t passes = (rows.count + most - 1) / most;
-  int64_t row = first;
-  for (; rows.count - row >= R; row += R)
-    Kind::template tile<R, V>(w, rows, row, block, out, Ahead(w, V, row / most, passes));
-  if constexpr (R > 1)
-    if (row < rows.count) every_row<Kind, R == 6 ? 4 : R / 2, V, most>(w, rows, row, block, out);
+// `count` rows, at most R, times V blocks.
+template <class Kind, int R, int V>
+inline void some_rows(const Weight& w, const Rows& rows, int64_t row, int64_t count, int64_t block, const Output& out,
+                      const Ahead& ahead) {
+  if (count == R) return Kind::template tile<R, V>(w, rows, row, block, out, ahead);
+  if constexpr (R > 1) some_rows<Kind, R - 1, V>(w, rows, row, count, block, out, ahead);
 }
 
-template <class Kind, Tile tile>
+// Blocks V at a time, over each of which all rows pass in turns of R at most, as even as can be.
+template <class Kind, int R, int V>
 inline void every_block(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
+  const int64_t passes = (rows.count + R - 1) / R;
   int64_t block = first;
-  for (; last - block >= tile.blocks; block += tile.blocks)
-    every_row<Kind, tile.rows, tile.blocks>(w, rows, 0, block, out);
-  if constexpr (tile.blocks > 1)
-    if (block < last) every_block<Kind, Tile{tile.rows, tile.blocks / 2}>(w, rows, block, last, out);
+  for (; last - block >= V; block += V)
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      const int64_t row = pass * rows.count / passes, end = (pass + 1) * rows.count / passes;
+      some_rows<Kind, R, V>(w, rows, row, end - row, block, out, Ahead(w, V, pass, passes));
+    }
+  if constexpr (V > 1)
+    if (block < last) every_block<Kind, R, V / 2>(w, rows, block, last, out);
+}
+
+// Few rows: a single pass, which waits for memory and likes many streams, as many blocks as the tile's sums allow.
+template <class Kind, Tile tile, int R>
+inline void every_block_once(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
+  constexpr int V = tile.rows * tile.blocks / R < kStreams ? tile.rows * tile.blocks / R : kStreams;
+  if (rows.count < R) {
+    if constexpr (R > 1) every_block_once<Kind, tile, R - 1>(w, rows, first, last, out);
+    return;
+  }
+  int64_t block = first;
+  for (; last - block >= V; block += V) Kind::template tile<R, V>(w, rows, 0, block, out, Ahead(w, V, 0, 1));
+  for (; block < last; ++block) Kind::template tile<R, 1>(w, rows, 0, block, out, Ahead(w, 1, 0, 1));
 }
 
 template <class Kind, Tile tile>
 inline void multiply(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
-  if (rows.count <= kFewTile.rows) return every_block<Kind, kFewTile>(w, rows, first, last, out);
-  every_block<Kind, tile>(w, rows, first, last, out);
+  if (rows.count <= tile.rows) return every_block_once<Kind, tile, tile.rows>(w, rows, first, last, out);
+  every_block<Kind, tile.rows, tile.blocks>(w, rows, first, last, out);
 }
 
 inline void linear(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
   if (w.format == Format::f32) return multiply<Plain<FloatProduct>, kPlainTile>(w, rows, first, last, out);
   if (w.format == Format::bf16) return multiply<Plain<PairProduct>, kPlainTile>(w, rows, first, last, out);
-  if (rows.format == Format::bf16) return every_block<Exact, Tile{4, 1}>(w, rows, first, last, out);
+  if (rows.format == Format::bf16) return every_block<Exact, 4, 1>(w, rows, first, last, out);
   if (w.format == Format::int8) return multiply<Plain<ByteProduct>, kPlainTile>(w, rows, first, last, out);
   if (w.offsets) return multiply<Grouped<true>, kGroupedTile>(w, rows, first, last, out);
   multiply<Grouped<false>, kGroupedTile>(w, rows, first, last, out);

@@ -3,7 +3,7 @@
 constexpr bool kUnsignedRows = false;
 constexpr Tile kPlainTile = {4, 1};
 constexpr Tile kGroupedTile = {2, 1};
-constexpr Tile kFewTile = {1, 2};
+constexpr int kStreams = 2;
 
 struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };

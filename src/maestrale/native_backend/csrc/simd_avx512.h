@@ -2,9 +2,9 @@
 // The types are the compiler's own vectors, with its operators: GCC keeps structs around them in memory.
 
 constexpr bool kUnsignedRows = true;  // the row's bytes are q + 128, because vpdpbusd's first operand has no sign
-constexpr Tile kPlainTile = {6, 4};     // 24 registers of sums, 6 of rows, one of weights
+constexpr Tile kPlainTile = {9, 3};     // 27 registers of sums, 3 of weights, one of a row
 constexpr Tile kGroupedTile = {4, 3};   // 12 of integer sums, 12 of totals, and 6 others
-constexpr Tile kFewTile = {2, 4};       // few rows wait for memory, which likes four streams
+constexpr int kStreams = 4;
 
 using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));

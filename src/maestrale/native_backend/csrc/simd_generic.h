@@ -3,7 +3,7 @@
 constexpr bool kUnsignedRows = false;
 constexpr Tile kPlainTile = {4, 1};
 constexpr Tile kGroupedTile = {2, 1};
-constexpr Tile kFewTile = {1, 1};
+constexpr int kStreams = 1;
 
 struct Floats { float v[16]; };
 struct Ints { int32_t v[16]; };

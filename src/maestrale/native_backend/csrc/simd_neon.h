@@ -3,7 +3,7 @@
 constexpr bool kUnsignedRows = false;
 constexpr Tile kPlainTile = {4, 1};
 constexpr Tile kGroupedTile = {2, 1};
-constexpr Tile kFewTile = {1, 2};
+constexpr int kStreams = 2;
 
 struct Floats { float32x4_t v[4]; };
 struct Ints { int32x4_t v[4]; };

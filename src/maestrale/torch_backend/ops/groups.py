@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+FP8 = torch.float8_e4m3fn
+
 
 @dataclass(frozen=True)
 class Group:
@@ -23,3 +25,13 @@ class Group:
     rows_BN: torch.Tensor
     keys_BS: torch.Tensor
     mask_BNS: torch.Tensor
+
+
+def gather(pool_SGC: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The keys or values of these slots, in `dtype`. index_select, not pool[slots]: several times faster on the CPU."""
+    return bits(pool_SGC).index_select(0, slots).view(pool_SGC.dtype).to(dtype)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """fp8 as bytes, since not every copy by index knows it; any other as it is."""
+    return x.view(torch.uint8) if x.dtype == FP8 else x

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from maestrale.torch_backend.ops.groups import Group
+from maestrale.torch_backend.ops.groups import Group, gather
 
 _BLOCK = 64  # queries: 6.3 ms for a chunk of 512, 12 heads of 64, one core; 14.0 ms all at once
 
@@ -19,9 +19,10 @@ def attend(q_THC: torch.Tensor, k_SGC: torch.Tensor, v_SGC: torch.Tensor, groups
     outputs = []
     for group in groups:
         (B, N), S = group.rows_BN.shape, group.keys_BS.shape[1]
-        # index_select, not k[keys]: the same gather, several times faster on the CPU.
-        k_BGSC = k_SGC.index_select(0, group.keys_BS.view(-1)).view(B, S, G, C).transpose(1, 2)
-        v_BGSC = v_SGC.index_select(0, group.keys_BS.view(-1)).view(B, S, G, C).transpose(1, 2)
+        k_BGSC, v_BGSC = (
+            gather(pool_SGC, group.keys_BS.view(-1), q_THC.dtype).view(B, S, G, C).transpose(1, 2)
+            for pool_SGC in (k_SGC, v_SGC)
+        )
         q_NHC = q_THC if len(groups) == 1 else q_THC.index_select(0, group.rows_BN.view(-1))
         if N == 1:  # decode: the H / G query heads of a kv head become its queries
             y = scaled_dot_product_attention(q_NHC.view(B, G, H // G, C), k_BGSC, v_BGSC, group.mask_BNS.unsqueeze(1))

@@ -8,6 +8,8 @@ in the order of their experts (N5).
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import triton
 import triton.language as tl
@@ -45,7 +47,7 @@ def _route(
 
 
 @triton.jit
-def _tile(counts, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+def tile_of(counts, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """The expert of this program's tile, its first pair and the pair after its last; an expert of E where there is no
     such tile."""
     e = tl.arange(0, EXPERTS)
@@ -63,12 +65,25 @@ def _tile(counts, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def gated(one, three, dtype: tl.constexpr):
+    """silu(one) * three of fp32 sums, rounded where the layers' own outputs would be."""
+    one, three = one.to(dtype).to(tl.float32), three.to(dtype).to(tl.float32)
+    return ((one / (1 + tl.exp(-one))).to(dtype).to(tl.float32) * three).to(dtype)
+
+
+@triton.jit
+def weighed(sums, weight, dtype: tl.constexpr):
+    """Likewise the sums [ROWS, OUT] times the router's weight [ROWS]."""
+    return (sums.to(dtype).to(tl.float32) * weight.to(dtype).to(tl.float32)[:, None]).to(dtype)
+
+
+@triton.jit
 def _up(
     x, w13, h, tokens, counts, E, D, F,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, tile): h [pairs, F] = silu(x w1^T) * (x w3^T). w13 [E, 2, F, D]."""
-    expert, first, last = _tile(counts, E, EXPERTS, ROWS)
+    expert, first, last = tile_of(counts, E, EXPERTS, ROWS)
     if expert < E:
         pair, f, d = first + tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
         token = tl.load(tokens + pair, mask=pair < last, other=0).to(tl.int64)
@@ -83,11 +98,8 @@ def _up(
             there = inside[:, None] & (f < F)[None, :]
             one += dot(x_RD, tl.load(at_1 + start, mask=there, other=0.0))
             three += dot(x_RD, tl.load(at_3 + start, mask=there, other=0.0))
-        # Rounded where the layers' own outputs would be.
-        one, three = one.to(h.dtype.element_ty).to(tl.float32), three.to(h.dtype.element_ty).to(tl.float32)
-        silu = (one / (1 + tl.exp(-one))).to(h.dtype.element_ty).to(tl.float32)
         at_h = h + pair.to(tl.int64)[:, None] * F + f[None, :]
-        tl.store(at_h, (silu * three).to(h.dtype.element_ty), mask=(pair < last)[:, None] & (f < F)[None, :])
+        tl.store(at_h, gated(one, three, h.dtype.element_ty), mask=(pair < last)[:, None] & (f < F)[None, :])
 
 
 @triton.jit
@@ -96,7 +108,7 @@ def _down(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, tile): y [pairs, D] = weight * (h w2^T), rounded as the layer's and the product's would be."""
-    expert, first, last = _tile(counts, E, EXPERTS, ROWS)
+    expert, first, last = tile_of(counts, E, EXPERTS, ROWS)
     if expert < E:
         pair, d, f = first + tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
         at_h = h + pair.to(tl.int64)[:, None] * F + f[None, :]
@@ -106,10 +118,9 @@ def _down(
             inside = f < F - start
             h_RF = tl.load(at_h + start, mask=(pair < last)[:, None] & inside[None, :], other=0.0)
             sums += dot(h_RF, tl.load(at_w + start, mask=inside[:, None] & (d < D)[None, :], other=0.0))
-        sums = sums.to(y.dtype.element_ty).to(tl.float32)
-        weight = tl.load(weights + pair, mask=pair < last, other=0.0).to(y.dtype.element_ty).to(tl.float32)
+        part = weighed(sums, tl.load(weights + pair, mask=pair < last, other=0.0), y.dtype.element_ty)
         at_y = y + pair.to(tl.int64)[:, None] * D + d[None, :]
-        tl.store(at_y, (sums * weight[:, None]).to(y.dtype.element_ty), mask=(pair < last)[:, None] & (d < D)[None, :])
+        tl.store(at_y, part, mask=(pair < last)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -164,21 +175,61 @@ def group_many(scores_TE: torch.Tensor, n_chosen: int) -> Grouped:
     return tokens.int(), weights, places_TK.int(), counts_E.int()
 
 
-def experts(x_TD: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, grouped: Grouped) -> torch.Tensor:
-    """Σ over a token's experts of weight * w2(silu(w1 x) * w3 x), y_TD. w13 [E, 2, F, D], w2 [E, D, F]."""
+class PackedStack(Protocol):
+    """Experts' weights that stay packed (packed_experts.py); rows: pairs that an expert may well have."""
+
+    def up(self, x_TD: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, rows: int) -> torch.Tensor: ...
+
+    def down(self, h: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, rows: int) -> torch.Tensor: ...
+
+
+def experts(
+    x_TD: torch.Tensor, w13: torch.Tensor | PackedStack, w2: torch.Tensor | PackedStack, grouped: Grouped
+) -> torch.Tensor:
+    """Σ over a token's experts of weight * w2(silu(w1 x) * w3 x), y_TD. w13 [E, 2, F, D], w2 [E, D, F], or packed."""
     tokens, weights, places, counts = grouped
-    (T, D), (E, _, F, _), pairs = x_TD.shape, w13.shape, len(tokens)
+    (T, D), E, pairs = x_TD.shape, len(counts), len(tokens)
     # As many rows as an expert may well have, so that its weights are read once; at least what a matrix unit takes.
-    rows = min(128 if x_TD.element_size() == 2 else 32, max(16, triton.next_power_of_2(-(-2 * pairs // E))))
-    tiles = pairs // rows + min(E, pairs)  # at most: each expert has one that is not full
-    few = rows <= 32
-    shape = {"EXPERTS": max(2, triton.next_power_of_2(E)), "ROWS": rows, "IN": 128 if few else 64}
-    launch = {"num_warps": 4 if few else 8, "num_stages": 4 if few else 3}
-    h, y_pairs = x_TD.new_empty(pairs, F), x_TD.new_empty(pairs, D)
-    out = 32 if few else 64
-    _up[(triton.cdiv(F, out), tiles)](x_TD, w13, h, tokens, counts, E, D, F, OUT=out, **shape, **launch)
-    out = 32 if few else 128
-    _down[(triton.cdiv(D, out), tiles)](h, w2, y_pairs, weights, counts, E, D, F, OUT=out, **shape, **launch)
+    rows = max(16, triton.next_power_of_2(-(-2 * pairs // E)))
+    if isinstance(w13, torch.Tensor):
+        h = _whole_up(x_TD, w13, tokens, counts, rows)
+    else:
+        h = w13.up(x_TD, tokens, counts, rows)
+    if isinstance(w2, torch.Tensor):
+        y_pairs = _whole_down(h, w2, weights, counts, rows)
+    else:
+        y_pairs = w2.down(h, weights, counts, rows)
     y_TD, width = torch.empty_like(x_TD), min(1024, triton.next_power_of_2(D))
     _sum[(T, triton.cdiv(D, width))](y_pairs, places, y_TD, D, K=places.shape[1], WIDTH=width)
     return y_TD
+
+
+def n_tiles(pairs: int, n_experts: int, rows: int) -> int:
+    """At most: each expert has one that is not full."""
+    return pairs // rows + min(n_experts, pairs)
+
+
+def _launch(n_experts: int, rows: int) -> dict[str, int]:
+    few = rows <= 32
+    shape = {"EXPERTS": max(2, triton.next_power_of_2(n_experts)), "ROWS": rows, "IN": 128 if few else 64}
+    return shape | {"num_warps": 4 if few else 8, "num_stages": 4 if few else 3}
+
+
+def _whole_up(
+    x_TD: torch.Tensor, w13: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, rows: int
+) -> torch.Tensor:
+    (E, _, F, D), pairs, rows = w13.shape, len(tokens), min(rows, 128 if x_TD.element_size() == 2 else 32)
+    h, out = x_TD.new_empty(pairs, F), 32 if rows <= 32 else 64
+    grid = (triton.cdiv(F, out), n_tiles(pairs, E, rows))
+    _up[grid](x_TD, w13, h, tokens, counts, E, D, F, OUT=out, **_launch(E, rows))
+    return h
+
+
+def _whole_down(
+    h: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, rows: int
+) -> torch.Tensor:
+    (E, D, F), pairs, rows = w2.shape, len(weights), min(rows, 128 if h.element_size() == 2 else 32)
+    y_pairs, out = h.new_empty(pairs, D), 32 if rows <= 32 else 128
+    grid = (triton.cdiv(D, out), n_tiles(pairs, E, rows))
+    _down[grid](h, w2, y_pairs, weights, counts, E, D, F, OUT=out, **_launch(E, rows))
+    return y_pairs

@@ -20,7 +20,8 @@ from maestrale.torch_backend.model import Block, FeedForward, Transformer, rope_
 from maestrale.torch_backend.moe import MixtureOfExperts
 from maestrale.torch_backend.triton.attention import attend
 from maestrale.torch_backend.triton.experts import experts, group
-from maestrale.torch_backend.triton.packed import PackedLinear, joined
+from maestrale.torch_backend.triton.packed import PackedLinear, alike, joined
+from maestrale.torch_backend.triton.packed_experts import PackedStack
 from maestrale.torch_backend.triton.rows import norm, silu_product, turn_and_keep
 from maestrale.torch_backend.triton.tiles import Tiles
 
@@ -50,10 +51,9 @@ class _Mixture:
     def __init__(self, part: MixtureOfExperts):
         self.gate, self.n_chosen = part.gate.weight, part.n_chosen
         each = cast(list[FeedForward], list(part.experts))
-        up = _stacked([layer for expert in each for layer in (expert.w1, expert.w3)])
-        down = _stacked([expert.w2 for expert in each])
-        self.w13 = up.view(len(each), 2, -1, up.shape[1])
-        self.w2 = down.view(len(each), -1, down.shape[1])
+        up, down = [layer for e in each for layer in (e.w1, e.w3)], [e.w2 for e in each]
+        self.w13 = _packed(up) or _stacked(up).view(len(each), 2, -1, up[0].in_features)
+        self.w2 = _packed(down) or _stacked(down).view(len(each), -1, down[0].in_features)
 
     def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
         return experts(x_TD, self.w13, self.w2, group(linear(x_TD, self.gate), self.n_chosen))
@@ -113,10 +113,17 @@ def _together(*layers: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x_TD: linear(x_TD, whole)
 
 
+def _packed(layers: Sequence[nn.Module]) -> PackedStack | None:
+    """Experts' weights that are packed, all in one format; None of any others."""
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    return PackedStack(packed) if len(packed) == len(layers) and alike(packed) else None
+
+
 def _stacked(layers: Sequence[nn.Module]) -> torch.Tensor:
     """The weights of linear layers one above the other; the layers' own become views of it."""
     weights = [cast(torch.Tensor, layer.weight) for layer in layers]
     whole = torch.cat(weights)
     for layer, view in zip(layers, whole.split([len(weight) for weight in weights]), strict=True):
-        layer.weight = nn.Parameter(view, requires_grad=False)
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(view, requires_grad=False)
     return whole

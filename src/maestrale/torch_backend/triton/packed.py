@@ -8,7 +8,7 @@ x, so no value changes its place after it is loaded. fp8 lies row by row, with a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,10 +18,11 @@ from torch import nn
 from torch.nn.functional import linear
 
 from maestrale.checkpoint.packed import BLOCK, PackedWeight
+from maestrale.checkpoint.packed_room import is_linear
 from maestrale.torch_backend.triton.dot import dot
 
 FEW = 64  # rows: above, unpacking costs less than reading the words again for each tile of rows
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "fp8": 8}
 _FP8 = torch.float8_e4m3fn
 
 
@@ -36,34 +37,55 @@ def _value(word, scale, offset, i: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.
 
 
 @triton.jit
+def packed_sums(
+    at_x, real, data, scales, offsets, n, N, K, n_words, n_groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, FP8: tl.constexpr,
+    ROWS: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, OUT] in fp32: the rows of K numbers that begin at at_x, if real, times a weight's outputs n."""
+    sums = tl.zeros([ROWS, OUT], tl.float32)
+    if FP8:
+        k = tl.arange(0, WORDS * 4)
+        at_w = data + n.to(tl.int64)[None, :] * K + k[:, None]
+        for start in range(0, K, WORDS * 4):
+            inside = k < K - start
+            x_TK = tl.load(at_x[:, None] + start + k[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            w_KN = tl.load(at_w + start, mask=inside[:, None] & (n < N)[None, :], other=0.0)
+            sums += dot(x_TK, w_KN.to(x_TK.dtype))
+    else:
+        PER: tl.constexpr = 32 // BITS
+        w, block, lane = tl.arange(0, WORDS), (n // 16).to(tl.int64), n % 16
+        for start in range(0, n_words, WORDS):
+            at = start + w
+            there = (at < n_words)[:, None] & (n < N)[None, :]
+            word = tl.load(data + (block[None, :] * n_words + at[:, None]) * 16 + lane[None, :], mask=there, other=0)
+            scale, offset = 1.0, 0.0
+            if BITS == 4:
+                at_group = (block[None, :] * n_groups + (at * PER // GROUP)[:, None]) * 16 + lane[None, :]
+                scale = tl.load(scales + at_group, mask=there, other=0.0).to(tl.float32)
+                if AFFINE:
+                    offset = tl.load(offsets + at_group, mask=there, other=0.0)
+            for i in tl.static_range(PER):
+                column = at * PER + i
+                x_TW = tl.load(at_x[:, None] + column[None, :], mask=real[:, None] & (column < K)[None, :], other=0.0)
+                sums += dot(x_TW, _value(word, scale, offset, i, BITS, AFFINE).to(x_TW.dtype))
+    if BITS == 8:  # a scale for each output
+        sums *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
+    return sums
+
+
+@triton.jit
 def _product(
-    x, words, scales, offsets, y, T, N, K, n_words, n_groups,
-    BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr,
+    x, data, scales, offsets, y, T, N, K, n_words, n_groups,
+    BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, FP8: tl.constexpr,
     ROWS: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Program: OUT outputs of all rows."""
-    PER: tl.constexpr = 32 // BITS
-    n, t, w = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, ROWS), tl.arange(0, WORDS)
-    block, lane = (n // 16).to(tl.int64), n % 16
-    sums = tl.zeros([ROWS, OUT], tl.float32)
-    for start in range(0, n_words, WORDS):
-        at = start + w
-        there = (at < n_words)[:, None] & (n < N)[None, :]
-        word = tl.load(words + (block[None, :] * n_words + at[:, None]) * 16 + lane[None, :], mask=there, other=0)
-        scale, offset = 1.0, 0.0
-        if BITS == 4:
-            at_group = (block[None, :] * n_groups + (at * PER // GROUP)[:, None]) * 16 + lane[None, :]
-            scale = tl.load(scales + at_group, mask=there, other=0.0).to(tl.float32)
-            if AFFINE:
-                offset = tl.load(offsets + at_group, mask=there, other=0.0)
-        for i in tl.static_range(PER):
-            column = at * PER + i
-            x_TW = tl.load(
-                x + t[:, None] * K + column[None, :], mask=(t < T)[:, None] & (column < K)[None, :], other=0.0
-            )
-            sums += dot(x_TW, _value(word, scale, offset, i, BITS, AFFINE).to(x_TW.dtype))
-    if BITS == 8:
-        sums *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
+    n, t = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, ROWS)
+    sums = packed_sums(
+        x + t * K, t < T, data, scales, offsets, n, N, K, n_words, n_groups,
+        BITS, GROUP, AFFINE, FP8, ROWS, OUT, WORDS,
+    )  # fmt: skip
     tl.store(y + t[:, None] * N + n[None, :], sums.to(y.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
@@ -93,23 +115,6 @@ def _unpack(
             value = value * scale
         to = values + n[None, :] * K + column[:, None]
         tl.store(to, value.to(values.dtype.element_ty), mask=(column < K)[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def _product8(
-    x, codes, scales, y, T, N, K, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
-):  # fmt: skip
-    """Program: OUT outputs of all rows; codes fp8 [N, K]."""
-    n, t, k = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, ROWS), tl.arange(0, IN)
-    sums = tl.zeros([ROWS, OUT], tl.float32)
-    at_x, at_w = x + t[:, None] * K + k[None, :], codes + n.to(tl.int64)[None, :] * K + k[:, None]
-    for start in range(0, K, IN):
-        inside = k < K - start
-        x_TK = tl.load(at_x + start, mask=(t < T)[:, None] & inside[None, :], other=0.0)
-        w_KN = tl.load(at_w + start, mask=inside[:, None] & (n < N)[None, :], other=0.0)
-        sums += dot(x_TK, w_KN.to(x_TK.dtype))
-    sums *= tl.load(scales + n, mask=n < N, other=0.0)[None, :]
-    tl.store(y + t[:, None] * N + n[None, :], sums.to(y.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
 
 
 class PackedLinear(nn.Module):
@@ -157,16 +162,10 @@ class PackedLinear(nn.Module):
         grid = (triton.cdiv(N, out),)
         if T == 0:
             return y_TN
-        if self.format == "fp8":
-            _product8[grid](
-                x_TK, self.data, self.scales, y_TN, T, N, K, ROWS=rows, OUT=out, IN=128, num_warps=4, num_stages=4
-            )
-        else:
-            _product[grid](
-                x_TK, self.data, self.scales, self.scales if self.offsets is None else self.offsets, y_TN,
-                T, N, K, self.data.shape[1], self._n_groups, BITS=BITS[self.format], GROUP=self.group,
-                AFFINE=self.offsets is not None, ROWS=rows, OUT=out, WORDS=32, num_warps=4, num_stages=4,
-            )  # fmt: skip
+        _product[grid](
+            x_TK, self.data, self.scales, self.scales if self.offsets is None else self.offsets, y_TN,
+            T, N, K, *self.extents, **self.constants, ROWS=rows, OUT=out, WORDS=32, num_warps=4, num_stages=4,
+        )  # fmt: skip
         return y_TN
 
     def unpack(self, dtype: torch.dtype) -> torch.Tensor:
@@ -182,6 +181,17 @@ class PackedLinear(nn.Module):
             AFFINE=self.offsets is not None, WORDS=64,
         )  # fmt: skip
         return values
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        """Words of a row and groups that have a scale, as `packed_sums` takes them; of fp8 they are not looked at."""
+        return (0 if self.format == "fp8" else self.data.shape[1]), self._n_groups
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Of `packed_sums`."""
+        fp8 = self.format == "fp8"
+        return {"BITS": BITS[self.format], "GROUP": self.group, "AFFINE": self.offsets is not None, "FP8": fp8}
 
     @property
     def _n_groups(self) -> int:
@@ -211,9 +221,9 @@ def to_fp8(weight_NK: torch.Tensor) -> PackedLinear:
 
 
 def round_linears(model: nn.Module) -> None:
-    """In place, layer by layer: every linear layer's weight to fp8; norms and embeddings stay, tied ones too."""
+    """In place, layer by layer: every linear layer's weight to fp8; norms, routers, embeddings stay, tied ones too."""
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and is_linear(f"{name}.weight"):
             model.set_submodule(name, to_fp8(layer.weight.detach()))
 
 
@@ -222,14 +232,23 @@ def joined(layers: Sequence[PackedLinear]) -> PackedLinear | None:
     a block of outputs would be cut."""
     first = layers[0]
     whole = all(layer.out_features % BLOCK == 0 for layer in layers[:-1])
-    alike = {(layer.format, layer.group, layer.offsets is None) for layer in layers}
-    if len(alike) > 1 or not (whole or first.format == "fp8"):
+    if not alike(layers) or not (whole or first.format == "fp8"):
         return None
-    parts: dict[str, torch.Tensor | None] = {"offsets": None}
-    for name in ("data", "scales", "offsets") if first.offsets is not None else ("data", "scales"):
-        own = [getattr(layer, name) for layer in layers]
-        parts[name] = together = torch.cat(own)
-        for layer, view in zip(layers, together.split([len(part) for part in own]), strict=True):
-            setattr(layer, name, view)
     rows = sum(layer.out_features for layer in layers)
-    return PackedLinear(first.format, (rows, first.in_features), first.group, **parts, dtype=first.dtype)  # type: ignore[arg-type]
+    return PackedLinear(first.format, (rows, first.in_features), first.group, *laid_together(layers), first.dtype)
+
+
+def alike(layers: Sequence[PackedLinear]) -> bool:
+    return len({(layer.format, layer.group, layer.offsets is None) for layer in layers}) == 1
+
+
+def laid_together(layers: Sequence[PackedLinear]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """data, scales and offsets of layers that are alike, one after the other; the layers' own become views of them."""
+    parts: list[torch.Tensor | None] = []
+    for name in ("data", "scales", "offsets"):
+        own = [getattr(layer, name) for layer in layers]
+        parts.append(None if own[0] is None else torch.cat(own))
+        if parts[-1] is not None:
+            for layer, view in zip(layers, parts[-1].split([len(part) for part in own]), strict=True):
+                setattr(layer, name, view)
+    return cast(tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], tuple(parts))

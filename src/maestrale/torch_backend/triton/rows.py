@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from maestrale.torch_backend.triton.attention import slot
+from maestrale.torch_backend.triton.dot import INTERPRETED
 
 
 @triton.jit
@@ -25,6 +26,18 @@ def _norm(x, added, weight, sums, y, D, eps, ADDED: tl.constexpr, WIDTH: tl.cons
     normed = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     normed = normed.to(x.dtype.element_ty).to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y + row * D + d, normed.to(x.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
+def _kept(x, pool):
+    """As the pool keeps it: torch_backend/cache.py's rule for fp8."""
+    if pool.dtype.element_ty == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERPRETED:  # it cuts off where a GPU rounds: x is rounded first, by a sum whose last place is fp8's
+            exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, 127 - 6)
+            large = (((exponent + 20) << 23) | (1 << 22)).to(tl.float32, bitcast=True)
+            x = (x + large) - large
+    return x.to(pool.dtype.element_ty)
 
 
 @triton.jit
@@ -54,12 +67,12 @@ def _turn_and_keep(
         tl.store(at + 1, imaginary, mask=is_q)
         is_k = turned & (head >= H)[:, None]
         to_k = k_pool + (where * G + (head - H)[:, None]) * C + 2 * j[None, :]
-        tl.store(to_k, real.to(k_pool.dtype.element_ty), mask=is_k)
-        tl.store(to_k + 1, imaginary.to(k_pool.dtype.element_ty), mask=is_k)
+        tl.store(to_k, _kept(real, k_pool), mask=is_k)
+        tl.store(to_k + 1, _kept(imaginary, k_pool), mask=is_k)
         is_v = ((head >= H + G) & (head < H + 2 * G))[:, None] & here[None, :]
         to_v = v_pool + (where * G + (head - H - G)[:, None]) * C + 2 * j[None, :]
-        tl.store(to_v, tl.load(at, mask=is_v, other=0.0).to(v_pool.dtype.element_ty), mask=is_v)
-        tl.store(to_v + 1, tl.load(at + 1, mask=is_v, other=0.0).to(v_pool.dtype.element_ty), mask=is_v)
+        tl.store(to_v, _kept(tl.load(at, mask=is_v, other=0.0), v_pool), mask=is_v)
+        tl.store(to_v + 1, _kept(tl.load(at + 1, mask=is_v, other=0.0), v_pool), mask=is_v)
 
 
 @triton.jit

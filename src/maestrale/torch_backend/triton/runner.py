@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.adapter import Adapter
+from maestrale.torch_backend.draw import answer
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.runner import TorchRunner, memory_errors
 from maestrale.torch_backend.triton.model import FusedTransformer, Step
@@ -21,10 +22,12 @@ class TritonRunner:
     """A model and its cache on one device. What these kernels do not do (adapters, the experts of a row, a text as one
     vector) goes through a TorchRunner on the same weights and the same cache."""
 
-    def __init__(self, model: Transformer, layout: CacheLayout, adapters: Sequence[Adapter] = ()):
+    def __init__(
+        self, model: Transformer, layout: CacheLayout, adapters: Sequence[Adapter] = (), fp8_cache: bool = False
+    ):
         with memory_errors():
             self._fused = FusedTransformer(model)
-        self._plain = TorchRunner(model, layout, adapters=adapters)
+        self._plain = TorchRunner(model, layout, adapters=adapters, fp8_cache=fp8_cache)
         self.model, self.cache, self._decodes = model, self._plain.cache, dict[int, DecodeStep]()
         device = self.cache.device
         gpu = device.type == "cuda"
@@ -32,6 +35,10 @@ class TritonRunner:
         self._here: AbstractContextManager = (
             torch.cuda.device(device) if gpu else nullcontext()
         )  # triton launches on the current device
+
+    @property
+    def draws(self) -> bool:
+        return self._plain.draws
 
     @property
     def layout(self) -> CacheLayout:
@@ -51,7 +58,7 @@ class TritonRunner:
             else:
                 config = self._fused.config
                 logits_NV = self._work(make_step(batch, config.n_heads, config.n_kv_heads, self.cache.device))
-            return StepOutput(_to_host(logits_NV))
+            return answer(logits_NV, batch.draws)
 
     def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
         return self._plain.embed(token_ids)
@@ -66,12 +73,3 @@ class TritonRunner:
 
     def _work(self, step: Step) -> torch.Tensor:
         return self._fused.logits(step, self.cache)
-
-
-def _to_host(x: torch.Tensor) -> NDArray[np.float32]:
-    if x.device.type == "cpu":
-        return x.numpy()
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # torch keeps such memory and hands it out again
-    host.copy_(x, non_blocking=True)
-    torch.cuda.current_stream(x.device).synchronize()
-    return host.numpy()

@@ -67,11 +67,14 @@ class DecodeStep:
         tables = [part.view(size, -1) for part in parts[2:]]
         self._step = Step(parts[0], parts[1], every, tables, tiles, None)
         self._page_size, self._work, self._memory = layout.page_size, work, memory
+        self._sent = torch.cuda.Event() if pinned else None
         self._captured: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
 
     def run(self, batch: Batch) -> torch.Tensor:
         """logits [T, V] of the batch's rows, in a buffer that the next run overwrites."""
         count = len(batch.token_ids)
+        if self._sent is not None:
+            self._sent.synchronize()  # what was sent last has left the buffer; of an event never recorded: at once
         tokens, positions, *tables = self._arrays
         tokens[:count, 0], positions[:count, 0] = batch.token_ids, batch.positions
         tokens[count:], positions[count:] = 0, -1
@@ -79,8 +82,9 @@ class DecodeStep:
         for array, table in zip(tables, batch.tables, strict=True):
             array[:count, :pages] = table[:, :pages]
         self._device.copy_(self._host, non_blocking=True)
-        if self._device.device.type != "cuda":
+        if self._sent is None:
             return self._work(self._step)[:count]
+        self._sent.record()
         if self._captured is None:
             self._captured = self._capture()
         graph, logits = self._captured

@@ -1,0 +1,95 @@
+"""Tokens drawn where the logits are: sampling/policy.py once more, in torch's operations over many rows at once.
+
+Steps 2 and 4 to 9 of its order, in float64 as there; the uniform numbers come with the batch. On the CPU it takes the
+same token to the last tie. A GPU adds in another order, so it may take the neighbour of a token whose edge lies within
+a rounding of float64 of the number drawn: one in about 10^12.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maestrale.batch import Draws, StepOutput
+
+_BLOCK = 1 << 23  # logits that are drawn from together: some temporaries of 64 MiB
+
+
+class DeviceRows:
+    """Rows of logits that come to the host when they are asked for."""
+
+    def __init__(self, logits_NV: torch.Tensor):
+        self._logits_NV = logits_NV
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]:
+        return to_host(self._logits_NV[rows])
+
+
+def answer(logits_NV: torch.Tensor, draws: Draws | None, experts: NDArray[np.int16] | None = None) -> StepOutput:
+    """A step's output: all rows of logits, or the tokens drawn of them."""
+    if draws is None:
+        return StepOutput(to_host(logits_NV), experts)
+    return StepOutput(DeviceRows(logits_NV), experts, draw(logits_NV, draws))
+
+
+def draw(logits_NV: torch.Tensor, draws: Draws) -> NDArray[np.int64]:
+    """A token of each row, int64 [N]; -1 of those that are not to be drawn from, or cannot be: NaN, +inf, all -inf."""
+    temperature = draws.rows[:, 0]
+    tokens_N = np.full(len(temperature), -1)
+    biased = np.isin(np.arange(len(temperature)), draws.biases[:, 0])
+    if (plain := ~np.isnan(temperature) & (temperature == 0) & ~biased).any():
+        peak_N, best_N = logits_NV.max(-1)  # of equal ones the first
+        tokens_N[plain] = torch.where(peak_N.isfinite(), best_N, -1).cpu().numpy()[plain]
+    rest = np.flatnonzero(~np.isnan(temperature) & ~plain)
+    together = max(1, _BLOCK // logits_NV.shape[1])
+    for start in range(0, len(rest), together):
+        rows = rest[start : start + together]
+        x_NV = logits_NV[torch.from_numpy(rows).to(logits_NV.device)].double()
+        biases = draws.biases[np.isin(draws.biases[:, 0], rows)]
+        if len(biases):
+            at = np.stack([np.searchsorted(rows, biases[:, 0]), biases[:, 1].astype(np.int64)])
+            on_device = [torch.from_numpy(array).to(x_NV.device) for array in (*at, biases[:, 2].copy())]
+            x_NV.index_put_((on_device[0], on_device[1]), on_device[2], accumulate=True)
+        tokens_N[rows] = _choose(x_NV, draws.rows[rows]).cpu().numpy()
+    return tokens_N
+
+
+def _choose(x_NV: torch.Tensor, rows: NDArray[np.float64]) -> torch.Tensor:
+    """rows: as Draws has them. A nucleus is found after one sort, of exact ranks after another: of equal ones the lower
+    id is first, as both are stable."""
+    temperature, number, top_k, top_p, min_p = torch.from_numpy(rows).to(x_NV.device).T.unsqueeze(-1)
+    peak_N1, best_N1 = x_NV.max(-1, keepdim=True)
+    p_NV = ((x_NV - peak_N1) / torch.where(temperature > 0, temperature, 1)).exp()
+    if rows[:, 2].any():
+        nth_V = torch.arange(x_NV.shape[1], device=x_NV.device)
+        order_NV = x_NV.argsort(dim=-1, descending=True, stable=True)
+        p_NV = _keep(p_NV, order_NV, (nth_V < top_k) | (top_k == 0))
+    if (rows[:, 3] < 1).any():
+        falling_NV, order_NV = p_NV.sort(dim=-1, descending=True, stable=True)
+        kept_NV = torch.ones_like(falling_NV, dtype=torch.bool)
+        kept_NV[:, 1:] = falling_NV.cumsum(-1)[:, :-1] <= top_p * p_NV.sum(-1, keepdim=True)
+        p_NV = _keep(p_NV, order_NV, kept_NV | (top_p >= 1))
+    p_NV = p_NV * (p_NV >= min_p)
+    cdf_NV = p_NV.cumsum(-1)
+    total_N1 = cdf_NV[:, -1:]
+    # Rounding may put the target on the total itself: then the last id of any weight is meant.
+    hit_NV = (p_NV > 0) & ((cdf_NV > number * total_N1) | (cdf_NV >= total_N1))
+    drawn_N1 = torch.where(hit_NV.any(-1, keepdim=True), hit_NV.byte().argmax(-1, keepdim=True), best_N1)
+    return torch.where(peak_N1.isfinite(), torch.where(temperature > 0, drawn_N1, best_N1), -1).squeeze(-1)
+
+
+def _keep(p_NV: torch.Tensor, order_NV: torch.Tensor, kept_NV: torch.Tensor) -> torch.Tensor:
+    """p, and 0 for tokens that are not kept; order: the tokens that `kept` speaks of."""
+    return p_NV * torch.empty_like(kept_NV).scatter_(1, order_NV, kept_NV)
+
+
+def to_host(x: torch.Tensor) -> NDArray[np.float32]:
+    if x.device.type == "cpu":
+        return x.numpy()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # torch keeps such memory and hands it out again
+    host.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host.numpy()
