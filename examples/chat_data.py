@@ -1,12 +1,17 @@
 """Conversations for a chat model, made from story books: a request that names something, and a story full of it.
 
-    python examples/chat_data.py make 'corpus/books/*.txt' --out chat
-    maestrale finetune stories chat/train.jsonl --heldout chat/heldout.jsonl --config examples/finetune-chat.yaml
+    python examples/chat_data.py make 'corpus/books/*.txt' --heldout corpus/heldout.txt --out chat
     python examples/chat_data.py check stories-chat --requests chat/requests.json
 
+examples/finetune-chat.yaml says what makes the bundled model of it.
+
 Books hold tales separated by three line feeds and paragraphs separated by two. A reply is a first line and a run of
-paragraphs that holds one of NOUNS three times or more, for the first time near its beginning. The 20 requests of the
-check stand in no conversation.
+paragraphs that holds a noun of examples/chat_words.py three times or more, for the first time near its beginning. A
+noun that has few such passages is also told of in those of others of its kind, its word in place of theirs: so no noun
+is rare, and what a story is about can only be learnt from the request.
+
+The check asks in three ways for what stands in no conversation: a noun in words that it was never asked for in, a noun
+in words that nothing was ever asked for in, and a noun that was never asked for.
 """
 
 from __future__ import annotations
@@ -16,70 +21,87 @@ import glob
 import json
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-NOUNS = """
-fox wolf bear lion tiger elephant monkey horse pony donkey cow goat sheep lamb pig dog cat mouse rat rabbit hare hen
-cock goose duck eagle raven crow owl swan bird frog toad snake fish whale spider bee king queen prince princess
-giant dwarf witch wizard fairy dragon ogre troll mermaid ghost soldier sailor captain miller tailor shoemaker
-fisherman farmer shepherd hunter merchant robber thief beggar doctor teacher cook baker smith knight boy girl baby
-child mother father brother sister daughter son grandmother uncle aunt stepmother bride ship boat island castle
-palace tower garden forest tree apple rose flower mountain river lake sea well mill kitchen church ring sword crown
-mirror lamp box bag purse shoe dress coat hat ball doll book letter song feast wedding snow storm wind sun moon star
-fire gold silver treasure bell candle bridge
-""".split()  # noqa: SIM905 (a list of a hundred quoted words is no easier to read)
-WORDINGS = (
-    "Tell me a story about {a}.",
-    "Please tell me a story about {a}.",
-    "Tell me a tale of {a}.",
-    "I would like to hear a story about {a}.",
-    "Can you tell me a story about {a}?",
-    "A story about {a}, please.",
-    "Do you know a story about {a}?",
-    "Write a story about {a}.",
-    "Once more: a story with {a} in it.",
-    "Let me hear about {a}.",
+from chat_words import (
+    ADJECTIVES,
+    AMBIGUOUS,
+    GO_ON,
+    IRREGULAR,
+    KINDS,
+    NEXT,
+    NOUNS,
+    ONLY_ONE,
+    SMALL_TALK,
+    UNCOUNTED,
+    UNSEEN,
+    UNSEEN_WORDINGS,
+    WORDINGS,
 )
-NEXT = ("And now one about {a}.", "Now tell me about {a}.", "Another, about {a}, please.", "What about {a}?")
-GO_ON = ("Go on.", "And then?", "What happened next?", "Please go on.", "More, please.")
-SMALL_TALK = (
-    (("Hello!", "Hello.", "Hi!", "Good evening.", "Good morning!"), "Good day! What shall my story be about?"),
-    (
-        ("Who are you?", "What are you?"),
-        "I am a small story-teller, made from old children's books. Ask me for a story.",
-    ),
-    (("What can you do?", "Help me."), "I can tell stories. Say, for example: Tell me a story about a fox."),
-    (("Thank you!", "Thanks.", "That was nice."), "You are welcome. Shall I tell you another?"),
-)
+
 _SHARE_OF_NEXT, _SHARE_OF_GO_ON, _SHARE_OF_TALK = 0.2, 0.15, 0.03
+_SHARE_OF_PLURALS, _SHARE_OF_ADJECTIVES, _SHARE_OF_CARELESS = 0.08, 0.1, 0.15
 _LONGEST, _SHORTEST = 800, 250  # characters of a reply
-_MOST_OF_A_NOUN = 160  # conversations, so that no noun is all there is
-_REQUESTS = 20
+_BORROWED = 10  # stories of others at least, so that the passage alone does not tell the noun
 _ENDS, _SPEECH = (".", "!", "?", '"', "'"), ('"', "'")
 
 
+class Story(NamedTuple):
+    """A run of paragraphs about a noun, and the run after it in the same tale ("" where there is none)."""
+
+    noun: str
+    text: str
+    after: str
+
+
+def plural(noun: str) -> str:
+    if noun in IRREGULAR:
+        return IRREGULAR[noun]
+    if noun.endswith("man"):
+        return noun[:-3] + "men"
+    if noun[-1] == "y" and noun[-2] not in "aeiou":
+        return noun[:-1] + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def _article(word: str) -> str:
+    return "an" if word[0].lower() in "aeiou" and not word.lower().startswith("uni") else "a"
+
+
 def with_article(noun: str) -> str:
-    if noun in ("gold", "silver", "snow", "wind"):
+    if noun in UNCOUNTED:
         return noun
-    if noun in ("sun", "moon", "sea"):
+    if noun in ONLY_ONE:
         return f"the {noun}"
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def titled(noun: str, text: str) -> str:
-    """A reply: what it is about, in the request's own words, and the story."""
-    return f"Here is a story about {with_article(noun)}.\n\n{text}"
+    return f"{_article(noun)} {noun}"
 
 
 def count(noun: str, text: str) -> int:
     """How often the noun stands in the text, singular or plural."""
-    return len(re.findall(rf"\b{noun}(?:s|es)?\b", text, re.IGNORECASE))
+    return len(re.findall(rf"\b(?:{noun}|{plural(noun)})\b", text, re.IGNORECASE))
 
 
-def stories(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
-    """(noun, a run of paragraphs about it, the run after it in the same tale), none overlapping another."""
+def told_of(noun: str, story: Story) -> Story:
+    """The same story with another noun in its own noun's place."""
+    words = {story.noun: noun, plural(story.noun): plural(noun)}
+
+    def put(found: re.Match[str]) -> str:
+        word = words[found[2].lower()]
+        word = word.capitalize() if found[2][0].isupper() else word
+        article = found[1]
+        if article:
+            article = article[0] + _article(word)[1:] + " "
+        return article + word
+
+    places = re.compile(rf"\b((?:an? )?)({story.noun}|{plural(story.noun)})\b", re.IGNORECASE)
+    return Story(noun, places.sub(put, story.text), places.sub(put, story.after))
+
+
+def stories(paths: Sequence[Path], early: int) -> Iterator[Story]:
+    """None overlaps another."""
     for path in paths:
         for tale in path.read_text(encoding="utf-8").split("\n\n\n"):
             for paragraphs in _passages(tale):
@@ -88,9 +110,9 @@ def stories(paths: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
                     for end in _ends(paragraphs, start):
                         text = "\n\n".join(paragraphs[start:end])
                         # No story begins with an answer.
-                        if not text.startswith(_SPEECH) and (noun := _subject(text)):
+                        if not text.startswith(_SPEECH) and (noun := _subject(text, early)):
                             after = next(_ends(paragraphs, end), end)
-                            yield noun, text, "\n\n".join(paragraphs[end:after])
+                            yield Story(noun, text, "\n\n".join(paragraphs[end:after]))
                             start = end
                             break
                     else:
@@ -120,74 +142,109 @@ def _ends(paragraphs: Sequence[str], start: int) -> Iterator[int]:
             yield end
 
 
-def _subject(text: str) -> str | None:
-    """The noun that it holds most often, if that is three times and the first of them is in the first 100 letters."""
+def _subject(text: str, early: int) -> str | None:
+    """The noun that it holds most often, if that is three times, for the first time in the first `early` letters."""
     words = Counter(re.findall(r"[a-z]+", text.lower()))
-    found = {noun: words[noun] + words[f"{noun}s"] for noun in NOUNS}
+    found = {noun: words[noun] + (plural(noun) != noun) * words[plural(noun)] for noun in NOUNS}
     noun = max(found, key=lambda n: (found[n], len(n)))
-    return noun if found[noun] >= 3 and count(noun, text[:100]) else None
+    return noun if found[noun] >= 3 and count(noun, text[:early]) and noun not in AMBIGUOUS else None
 
 
-def conversations(paths: Sequence[Path], seed: int) -> tuple[list[dict], list[dict]]:
-    """(conversations, held-out requests): a conversation is {"messages"}, a request {"noun", "request"}."""
-    draw = random.Random(seed)
-    found = list(stories(paths))
-    draw.shuffle(found)
-    told: Counter[str] = Counter()
-    kept = []
-    for story in found:
-        told[story[0]] += 1
-        if told[story[0]] <= _MOST_OF_A_NOUN:
-            kept.append(story)
-    known = sorted(noun for noun, times in told.items() if times >= 20)
-    pairs = [(noun, wording) for noun in known for wording in WORDINGS]
-    requests = []
-    for noun, wording in draw.sample(pairs, len(pairs)):
-        if len(requests) < _REQUESTS and noun not in [r["noun"] for r in requests]:
-            requests.append({"noun": noun, "request": wording.format(a=with_article(noun))})
-    held_out = {request["request"] for request in requests}
+def shared_out(found: Sequence[Story], most: int, least: int, draw: random.Random) -> list[Story]:
+    """Each noun's own stories, `most` of them, and some of others of its kind, told of it, so that it has `least`."""
+    own = defaultdict(list)
+    for story in draw.sample(found, len(found)):
+        own[story.noun].append(story)
+    shared = []
+    for nouns in KINDS.values():
+        kind = nouns.split()
+        for noun in kind:
+            mine = own[noun][:most]
+            others = [story for mate in kind if mate != noun for story in own[mate] if not count(noun, story.text)]
+            wanted = min(len(others), max(_BORROWED, least - len(mine)))
+            shared += mine + [told_of(noun, story) for story in draw.sample(others, wanted)]
+    return draw.sample(shared, len(shared))
 
-    def asked(noun: str) -> str:
-        while (text := draw.choice(WORDINGS).format(a=with_article(noun))) in held_out:
-            pass
-        return text
 
-    made, i = [], 0
-    while i < len(kept):
-        noun, text, after = kept[i]
-        i += 1
-        messages = _say(asked(noun), titled(noun, text))
+class Asking:
+    """Draws requests, but never one that is held out."""
+
+    def __init__(self, draw: random.Random):
+        self.draw = draw
+        self.held_out = {noun: draw.choice(WORDINGS[:-1]) for noun in NOUNS}
+
+    def requests(self) -> list[dict]:
+        """What to check a model by: {"noun", "request", "new": what about it stands in no conversation}."""
+        asked = [("pair of noun and wording", noun, self.held_out[noun]) for noun in NOUNS]
+        asked += [("wording", noun, self.draw.choice(UNSEEN_WORDINGS)) for noun in NOUNS]
+        asked += [("noun", noun, self.draw.choice(WORDINGS[:-1])) for noun in UNSEEN]
+        return [{"noun": n, "request": wording.format(a=with_article(n)), "new": new} for new, n, wording in asked]
+
+    def story(self, story: Story, wordings: Sequence[str] = WORDINGS) -> list[dict]:
+        """A request and the story, whose first line says again what was asked for."""
+        what = self._what(story.noun)
+        wording = self.draw.choice([w for w in wordings if w != self.held_out[story.noun]])
+        request = wording.format(a=what)
+        if self.draw.random() < _SHARE_OF_CARELESS:
+            request = request.lower().rstrip(".?!")
+        return _say(request, f"Here is a story about {what}.\n\n{story.text}")
+
+    def _what(self, noun: str) -> str:
+        shape = self.draw.random()
+        if noun not in (*UNCOUNTED, *ONLY_ONE):
+            if shape < _SHARE_OF_PLURALS:
+                return plural(noun)
+            if shape < _SHARE_OF_PLURALS + _SHARE_OF_ADJECTIVES:
+                return with_article(f"{self.draw.choice(ADJECTIVES)} {noun}")
+        return with_article(noun)
+
+
+def conversations(paths: Sequence[Path], early: int, most: int, least: int, asking: Asking) -> list[dict]:
+    """{"messages"}, …: stories about all nouns, asked for one after another or gone on with, and small talk."""
+    draw = asking.draw
+    told, made = iter(shared_out(list(stories(paths, early)), most, least, draw)), []
+    for story in told:
+        messages = asking.story(story)
         if draw.random() < _SHARE_OF_TALK:
             words, answer = draw.choice(SMALL_TALK)
             messages = _say(draw.choice(words), answer) + messages
-        if after and draw.random() < _SHARE_OF_GO_ON / 0.5:
-            messages += _say(draw.choice(GO_ON), after)
-        elif i < len(kept) and draw.random() < _SHARE_OF_NEXT:
-            messages += _say(draw.choice(NEXT).format(a=with_article(kept[i][0])), titled(*kept[i][:2]))
-            i += 1
+        if story.after and draw.random() < _SHARE_OF_GO_ON:
+            messages += _say(draw.choice(GO_ON), story.after)
+        elif draw.random() < _SHARE_OF_NEXT and (another := next(told, None)):
+            messages += asking.story(another, NEXT)
         made.append({"messages": messages})
     for words, answer in SMALL_TALK:
         made += [{"messages": _say(word, answer)} for word in words for _ in range(4)]
     draw.shuffle(made)
-    return made, requests
+    return made
 
 
 def _say(user: str, assistant: str) -> list[dict]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
-def make(patterns: Sequence[str], out: Path, seed: int) -> None:
+def make(patterns: Sequence[str], heldout: str, out: Path, early: int, most: int, least: int, seed: int) -> None:
+    asking = Asking(random.Random(seed))
+    train = conversations(_files(patterns), early, most, least, asking)
+    requests = asking.requests()
+    out.mkdir(parents=True, exist_ok=True)
+    # Each as it stands in a tale that is not trained on, not even told of another noun.
+    tests = [{"messages": asking.story(story)} for story in stories(_files([heldout]), early)] if heldout else []
+    for name, lines in (("train", train), ("heldout", tests)):
+        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (out / "requests.json").write_text(json.dumps(requests, indent=1) + "\n", encoding="utf-8")
+    letters = sum(len(message["content"]) for line in train for message in line["messages"])
+    print(
+        f"{out}: {len(train)} conversations, {letters / 1e6:.1f} MB, {len(tests)} held-out ones, "
+        f"{len(requests)} held-out requests"
+    )
+
+
+def _files(patterns: Sequence[str]) -> list[Path]:
     paths = sorted({Path(name) for pattern in patterns for name in glob.glob(pattern)})
     if not paths:
         raise SystemExit(f"{', '.join(patterns)}: no such file")
-    made, requests = conversations(paths, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    heldout = max(1, len(made) // 40)
-    for name, part in (("heldout", made[:heldout]), ("train", made[heldout:])):
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part), encoding="utf-8")
-    (out / "requests.json").write_text(json.dumps(requests, indent=1) + "\n", encoding="utf-8")
-    letters = sum(len(message["content"]) for line in made for message in line["messages"])
-    print(f"{out}: {len(made)} conversations, {letters / 1e6:.1f} MB, {len(requests)} held-out requests")
+    return paths
 
 
 def check(model: str, requests: Path, seed: int) -> None:
@@ -195,30 +252,39 @@ def check(model: str, requests: Path, seed: int) -> None:
     from maestrale import LLM, SamplingParams
 
     llm = LLM(model, max_len=1024)
-    asked, right = json.loads(requests.read_text(encoding="utf-8")), 0
-    for request in asked:
+    asked, right = Counter(), Counter()
+    for request in json.loads(requests.read_text(encoding="utf-8")):
         params = SamplingParams(max_tokens=400, temperature=0.7, top_p=0.9, seed=seed)
         reply = llm.chat([{"role": "user", "content": request["request"]}], params)
         title, _, story = reply.text.partition("\n\n")
         times, ended = count(request["noun"], story), reply.finish_reason == "stop"
-        right += times >= 2 and ended
+        new = request.get("new", "request")
+        asked[new] += 1
+        right[new] += times >= 2 and ended
         words = " ".join(story.split())
         print(f"{request['noun']:12} {times:2} times, {'ended' if ended else 'cut off'}: {title[22:40]}: {words[:80]}")
-    print(
-        f"{right} of {len(asked)} ended by themselves and hold what was asked for twice or more, the first line apart"
-    )
+    for new, times in asked.items():
+        print(
+            f"{right[new]} of {times} whose {new} is new ended by themselves and hold what was asked for twice or more"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Conversations from story books, and a check of who learnt from them.")
     parser.add_argument("action", choices=("make", "check"))
     parser.add_argument("what", nargs="+", help="make: text files, may hold *; check: a model folder")
+    parser.add_argument("--heldout", default="", help="a text file of other tales, to measure the loss by")
     parser.add_argument("--out", type=Path, default=Path("chat"))
     parser.add_argument("--requests", type=Path, default=Path("chat/requests.json"))
+    parser.add_argument(
+        "--most", type=int, default=80, help="a noun's own stories at most, so that none is all there is"
+    )
+    parser.add_argument("--least", type=int, default=40, help="a noun's stories at least, so that none is rare")
+    parser.add_argument("--early", type=int, default=100, help="a story names its noun within so many letters")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.action == "make":
-        make(options.what, options.out, options.seed)
+        make(options.what, options.heldout, options.out, options.early, options.most, options.least, options.seed)
     else:
         check(options.what[0], options.requests, options.seed)
 

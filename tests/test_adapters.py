@@ -16,10 +16,8 @@ from maestrale.checkpoint.adapter import linear_layers, open_adapter, save_adapt
 from maestrale.checkpoint.convert import convert
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.errors import CheckpointError, RequestError, UsageError
-from maestrale.mesh import Mesh, Shard
 from maestrale.torch_backend import lora
 from maestrale.torch_backend.load import load_model
-from maestrale.torch_backend.shard import part_of_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft asks for it
 
@@ -274,22 +272,6 @@ def test_an_adapter_of_another_model_is_refused_before_a_weight_is_read(tmp_path
         open_adapter(folder, DENSE)
     with pytest.raises(CheckpointError, match="no adapter here"):
         open_adapter(tmp_path, DENSE)
-
-
-def test_dora_is_refused_where_a_layers_inputs_are_divided_over_ranks_and_nowhere_else(tmp_path):
-    folder = base_folder(tmp_path / "base", DENSE)
-    save_adapter(tmp_path / "a", lora.to_adapter(trained(folder, DENSE, ["wo"], dora=True)), DENSE, "peft")
-    adapter, layers = open_adapter(tmp_path / "a", DENSE), range(DENSE.n_layers)
-    with pytest.raises(UsageError) as caught:
-        part_of_adapter(adapter, Shard(DENSE, Mesh(tensor=2), 0, layers))
-    message = f"{tmp_path / 'a'}: DoRA does not run over --tensor-parallel: merge it into its model first"
-    assert str(caught.value) == message
-    stage = part_of_adapter(adapter, Shard(DENSE, Mesh(pipeline=2), 1, layers[1:]))
-    whole = adapter.deltas["layers.1.attention.wo"].magnitude
-    np.testing.assert_array_equal(stage.deltas["layers.0.attention.wo"].magnitude, whole)
-    save_adapter(tmp_path / "b", lora.to_adapter(trained(folder, DENSE, ["wq"], dora=True)), DENSE, "peft")
-    outputs = part_of_adapter(open_adapter(tmp_path / "b", DENSE), Shard(DENSE, Mesh(tensor=2), 1, layers))
-    assert len(outputs.deltas["layers.0.attention.wq"].magnitude) == DENSE.n_heads * DENSE.head_dim // 2
 
 
 def test_dora_has_no_native_form_and_a_shared_output_is_not_merged(tmp_path):

@@ -108,6 +108,11 @@ def test_rows_of_the_prompt_that_are_asked_for_are_fetched():
     np.testing.assert_array_equal(requests[0].logits, plain[0].logits)
 
 
+def test_nothing_is_drawn_where_a_prompt_is_only_scored():
+    runner, *_ = both([SamplingParams(max_tokens=0, prompt_logprobs=0)])
+    assert runner.drawn == 0
+
+
 def test_a_row_of_nan_fails_its_request_alone_and_says_why():
     engine = Engine(DrawingRunner(make_layout()), VOCAB, None, 16)
     asked = SamplingParams(temperature=0, max_tokens=4)

@@ -56,6 +56,26 @@ def test_greedy_text_is_that_of_transformers(name, device):
     assert got == [hf_greedy(reference, prompt, 3) for prompt in prompts]
 
 
+@pytest.mark.parametrize("name", ["mixed windows", "mixture"])
+def test_tokens_drawn_beside_the_kernels_are_those_that_the_engine_would_draw(name, device):
+    config = MODELS[name]
+    asked = [
+        SamplingParams(max_tokens=3, temperature=0),
+        SamplingParams(max_tokens=3, temperature=1, seed=5, top_p=0.9),
+        SamplingParams(max_tokens=3, temperature=0.8, seed=6, logprobs=1),
+    ]
+    found = []
+    for draws in (False, True):
+        runner = TritonRunner(build(config, device), layout_of(config))
+        runner._plain.draws = draws
+        engine = Engine(runner, config.vocab_size, None, 4)
+        requests = [engine.submit(tokens(5 + i), params) for i, params in enumerate(asked)]
+        while engine.has_work:
+            engine.step()
+        found.append([request.completions[0].token_ids for request in requests])
+    assert found[0] == found[1]
+
+
 def batch_of(config, layout, lasts, counts):
     """Sequences that bring `counts` tokens and end at `lasts`, each on pages of its own."""
     positions = np.concatenate([np.arange(last - n + 1, last + 1) for last, n in zip(lasts, counts, strict=True)])

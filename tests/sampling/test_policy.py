@@ -20,7 +20,7 @@ from maestrale.errors import RequestError
 from maestrale.sampling import policy
 from maestrale.sampling.mask import Mask
 from maestrale.sampling.params import SamplingParams
-from maestrale.sampling.policy import History, history_for, sample, token_logprob, uniform
+from maestrale.sampling.policy import History, history_for, sample, token_logprob, uniform, uniforms
 
 
 def some_logits(size, seed=0, scale=2.0):
@@ -357,3 +357,15 @@ def test_a_logit_that_is_no_number_is_told_under_a_constraint_too():
 def test_numbers_are_those_of_numpys_philox(seed, sample, index):
     generator = np.random.Philox(counter=index << 64, key=sample << 64 | seed % 2**64)
     assert uniform(seed, sample, index) == (int(generator.random_raw()) >> 11) * 2.0**-53
+
+
+@pytest.mark.parametrize("count", [3, 200])
+def test_numbers_of_many_are_those_of_numpys_philox_too(count):
+    rng = np.random.default_rng(count)
+    seeds, samples = rng.integers(-(2**63), 2**63, count), rng.integers(0, 128, count)
+    indices = rng.integers(0, 2**31, count)
+    expected = []
+    for seed, sample_index, index in zip(seeds.tolist(), samples.tolist(), indices.tolist(), strict=True):
+        generator = np.random.Philox(key=(sample_index << 64) + seed % 2**64, counter=index << 64)
+        expected.append((int(generator.random_raw()) >> 11) * 2.0**-53)
+    assert uniforms(seeds.tolist(), samples.tolist(), indices.tolist()).tolist() == expected

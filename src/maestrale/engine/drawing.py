@@ -14,7 +14,7 @@ import numpy as np
 from maestrale.batch import Draws
 from maestrale.engine.request import Sequence
 from maestrale.engine.scheduler import Schedule
-from maestrale.sampling.policy import uniform
+from maestrale.sampling.policy import uniforms
 
 
 def draws_for(schedule: Schedule, wanted: list[range], eos_ids: Iterable[int]) -> Draws:
@@ -22,6 +22,7 @@ def draws_for(schedule: Schedule, wanted: list[range], eos_ids: Iterable[int]) -
     each drafted token, give its next ones. eos_ids: ids that `min_tokens` holds back."""
     rows = np.full((sum(map(len, wanted)), 5), np.nan)
     biases: list[tuple[int, int, float]] = []
+    drawn: list[tuple[int, int, int, int]] = []
     end = 0
     for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
         end += len(positions)
@@ -31,15 +32,25 @@ def draws_for(schedule: Schedule, wanted: list[range], eos_ids: Iterable[int]) -
         request, params = sequence.request, sequence.request.params
         for i, row in enumerate(range(end - 1 - drafted, end)):
             index = sequence.generated + i
-            number = uniform(request.seed, sequence.index, index) if params.temperature else 0.0
-            rows[row] = params.temperature, number, params.top_k, params.top_p, params.min_p
+            rows[row] = params.temperature, 0, params.top_k, params.top_p, params.min_p
+            if params.temperature:
+                drawn.append((row, request.seed, sequence.index, index))
             biases += ((row, token, bias) for token, bias in (params.logit_bias or {}).items())
             if index < params.min_tokens and not params.ignore_eos:
                 biases += ((row, token, -math.inf) for token in eos_ids)
+    if drawn:
+        at, *keys = zip(*drawn, strict=True)
+        rows[list(at), 1] = uniforms(*keys)
     return Draws(rows, np.array(biases, np.float64).reshape(-1, 3))
 
 
 def _may_draw(sequence: Sequence) -> bool:
     request, params = sequence.request, sequence.request.params
     alone = params.beam_width == 1 and (request.forked or params.n == 1)
-    return alone and params.logprobs is None and sequence.history is None and sequence.matcher is None
+    return (
+        alone
+        and params.max_tokens > 0
+        and params.logprobs is None
+        and sequence.history is None
+        and sequence.matcher is None
+    )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _KEPT = 64  # compiled constraints of a tokenizer
-_MASKS = 32  # sets of tokens that are kept ready: within a string, say, each token may be followed by the same ones
+_MASKS = 32  # sets of tokens that are kept ready: few differ
 _LEXER_FUEL = 300_000  # the library's own unit of work: (a{1000}){1000} is given up after half a second
 # Between the parts of JSON: a space, or a new line and its indentation; never an endless run of blanks.
 _JSON_SPACE = r"\x20|\n[\x20\t]{0,16}"
@@ -61,8 +61,8 @@ class Matcher:
         self._calls_id = vocabulary.controls.get("[TOOL_CALLS]") if constraint.calls else None
         self.calls_begun = self.finished = False
         self._mask: Mask | None = None
+        self._last: Mask | None = None  # that was worked out
         self._only: int | None = None
-        self._contested = False  # whether a token has been refused since the last one
         mask = self.mask()
         if first is not None:
             self._mask = masks((np.frombuffer(mask.bits, np.uint8) & first).tobytes())
@@ -76,14 +76,10 @@ class Matcher:
 
     def __contains__(self, token: int) -> bool:
         if self._mask is not None:
-            self._contested |= token not in self._mask
             return token in self._mask
         if token == self._eos_id:
-            found = self._matcher.is_accepting()
-        else:
-            found = self._matcher.validate_tokens([token]) == 1 if self._only is None else token == self._only
-        self._contested |= not found
-        return found
+            return self._matcher.is_accepting()
+        return self._matcher.validate_tokens([token]) == 1 if self._only is None else token == self._only
 
     @property
     def ready(self) -> bool:
@@ -100,9 +96,8 @@ class Matcher:
     def consume(self, token: int, ahead: bool = False) -> None:
         """Go on by a token that was allowed. RequestError where the constraint gets too complex.
 
-        ahead: work out all tokens that may come next, as they will be wanted. (So they will be, mostly, where the token
-        before was not the first to be asked for.) What the library looks at lies in the processor's cache now, and no
-        more after the model's next step."""
+        ahead: work out all tokens that may come next, as they will be wanted. What the library looks at lies in the
+        processor's cache now, and no more after the model's next step."""
         matcher = self._matcher
         matcher.consume_token(token)
         self._mask = self._only = None
@@ -115,9 +110,8 @@ class Matcher:
             spelling := matcher.compute_ff_tokens()
         ):  # there is no choice about the text
             self._only = spelling[0]
-        elif ahead or self._contested:
+        elif ahead:
             self._mask = self._all()
-        self._contested = False
 
     def copy(self) -> Matcher:
         twin = object.__new__(Matcher)
@@ -126,7 +120,12 @@ class Matcher:
         return twin
 
     def _all(self) -> Mask:
-        return self._masks(self._matcher.compute_bitmask()[: self._bytes])
+        bits = self._matcher.compute_bitmask()[: self._bytes]
+        if (
+            self._last is None or bits != self._last.bits
+        ):  # within a string, say, each token may be followed by the same
+            self._last = self._masks(bits)
+        return self._last
 
     def _stop(self) -> None:
         if self._matcher.is_error() or not self._matcher.is_accepting():

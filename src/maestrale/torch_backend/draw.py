@@ -1,8 +1,8 @@
 """Tokens drawn where the logits are: sampling/policy.py once more, in torch's operations over many rows at once.
 
-Steps 2 and 4 to 9 of its order, in float64 as there; the uniform numbers come with the batch. On the CPU it takes the
-same token to the last tie. A GPU adds in another order, so it may take the neighbour of a token whose edge lies within
-a rounding of float64 of the number drawn: one in about 10^12.
+Steps 2 and 4 to 9 of its order, in float64 as there; the uniform numbers come with the batch. It takes the same token,
+ties included, but that sums are added in another order: where a token's edge lies within a rounding of float64 of the
+number drawn, one draw in about 10^12, it may take the neighbour.
 """
 
 from __future__ import annotations
