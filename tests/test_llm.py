@@ -285,6 +285,8 @@ def test_progress_counts_tensors(folder):
 def test_bad_folders_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         LLM(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"storie: no such folder.* stories, stories-chat, stories-moe$"):
+        LLM("storie")
     folder = make_folder(tmp_path / "bad", DENSE)
     params = (folder / "params.json").read_text()
     (folder / "params.json").write_text(params.replace('"n_kv_heads": 2', '"n_kv_heads": 3'))

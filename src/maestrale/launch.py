@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 from maestrale.batch import CacheLayout, Runner
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
@@ -66,10 +66,14 @@ class Launched:
 
 def model_folder(path: str | Path | None) -> Path:
     """The folder of a model: `path` itself; the bundled model of that name where no such path exists ("stories",
-    "stories-moe", "stories-chat"); the bundled "stories" where none is given."""
-    bundled = BUNDLED / str(path or "stories")
-    named = path is None or ("/" not in str(path) and not os.path.lexists(path) and bundled.is_dir())
-    return bundled if named else Path(cast(str | Path, path))
+    "stories-moe", "stories-chat"); the bundled "stories" where none is given. CheckpointError for a word that is
+    neither."""
+    if path is not None and ("/" in str(path) or os.path.lexists(path)):
+        return Path(path)
+    bundled = sorted(folder.name for folder in BUNDLED.iterdir() if (folder / "params.json").exists())
+    if (name := str(path or "stories")) not in bundled:
+        raise CheckpointError(f"{name}: no such folder, and no bundled model; those are {', '.join(bundled)}")
+    return BUNDLED / name
 
 
 def launch(

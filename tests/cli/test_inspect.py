@@ -189,6 +189,6 @@ def test_a_bundled_model_has_a_name_and_a_folder_of_that_name_comes_first(tmp_pa
     monkeypatch.chdir(tmp_path)
     assert model_folder(None) == model_folder("stories") == BUNDLED / "stories"
     assert model_folder("stories-moe") == BUNDLED / "stories-moe"
-    assert model_folder("elsewhere") == Path("elsewhere")
+    assert model_folder("./elsewhere") == Path("elsewhere")
     (tmp_path / "stories").mkdir()
     assert model_folder("stories") == Path("stories")

@@ -106,9 +106,8 @@ class Matcher:
         if matcher.is_stopped():  # as it is in any error too
             self._stop()
             return
-        if matcher.compute_ff_bytes() and (
-            spelling := matcher.compute_ff_tokens()
-        ):  # there is no choice about the text
+        spelling = matcher.compute_ff_tokens() if matcher.compute_ff_bytes() else None
+        if spelling:  # there is no choice about the text
             self._only = spelling[0]
         elif ahead:
             self._mask = self._all()
@@ -121,9 +120,7 @@ class Matcher:
 
     def _all(self) -> Mask:
         bits = self._matcher.compute_bitmask()[: self._bytes]
-        if (
-            self._last is None or bits != self._last.bits
-        ):  # within a string, say, each token may be followed by the same
+        if self._last is None or bits != self._last.bits:  # within a string the same ones often may follow
             self._last = self._masks(bits)
         return self._last
 
