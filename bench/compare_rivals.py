@@ -103,7 +103,7 @@ class Worker:
             line = ""
         if not line:
             status = self.process.wait()
-            raise SideEnded(f"{self.name} ended with {status} at {do} {what}: {self._last_line()}")
+            raise SideEnded(f"{self.name} ended with {status} at {do}: {self._last_line()}")
         return json.loads(line)
 
     def measure(self, kind: str, shape: str, turn: int) -> float:

@@ -177,7 +177,7 @@ def main() -> None:
         prompts = prompts_for(args.clients, args.prompt, 77)
         busy = [] if args.no_long else [asyncio.run(disturbed(ours, args.clients, prompts, long, args.tokens))]
     result: dict[str, Any] = {
-        "model": str(args.model),
+        "model": Path(args.model).name,
         "clients": args.clients,
         "tokens": args.tokens,
         "servers": {name: summary(found[1:]) for name, found in loads.items()},

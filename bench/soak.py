@@ -18,7 +18,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ MOST_GROWTH = 1.0  # per cent of memory, from a tenth of the requests to the las
 STORM, PATIENCE = 200, 5.0  # clients that leave at once, and the seconds until an answer must come after that
 # A cache that a tenth of the requests fills: pages that are taken for the first time are no leak, but memory.
 CACHE = ("--max-len", "1024", "--max-sequences", "32")
-READINGS = 300  # of memory, one a request; the least of them counts, for what is taken for a moment is no growth
 WORDS = ["fox", "king", "sea", "tale", "hen"]
 
 
@@ -96,9 +95,11 @@ def _choices(body: Mapping[str, Any], reply: Reply) -> list[dict[str, Any]]:
 
 async def soak(server: Server, requests: int, clients: int, seed: int) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
+    # After each tenth, the least of what the next tenth of requests finds: what is taken for a moment, or freed and not
+    # yet given back (10 s), is no growth. So a tenth more is sent.
+    tenth = max(requests // 10, 1)
     memory: dict[int, int] = {}
-    last: deque[int] = deque(maxlen=READINGS)
-    numbers = iter(range(1, requests + 1))
+    numbers = iter(range(1, requests + tenth + 1))
 
     async def client() -> None:
         for number in numbers:
@@ -119,18 +120,19 @@ async def soak(server: Server, requests: int, clients: int, seed: int) -> dict[s
             else:
                 outcomes["lost"] += 1
                 print("lost:", path, str(body)[:200], reply.status, reply.body[-200:], file=sys.stderr)
-            last.append(resident(server.pid))
-            if number % (requests // 10) == 0:
-                memory[number] = min(last)
-                print(f"{number} requests: {memory[number] / 2**20:.1f} MiB", file=sys.stderr, flush=True)
+            now, mark = resident(server.pid), number // tenth * tenth
+            if tenth <= mark <= requests:
+                memory[mark] = min(memory.get(mark, now), now)
+            if mark == number:
+                print(f"{number} requests: {now / 2**20:.1f} MiB", file=sys.stderr, flush=True)
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - began
     after_storm = await storm(server)
-    begin, end = memory[requests // 10], memory[requests]
+    begin, end = memory[tenth], memory[requests]
     return {
-        "requests": requests,
+        "requests": requests + tenth,
         "clients": clients,
         "seconds": round(seconds, 1),
         "outcomes": dict(outcomes),
@@ -197,7 +199,7 @@ def main() -> None:
             make_checkpoint.make_checkpoint(make_checkpoint.SHAPES["T"], model)
         with serving(model, "--backend", args.backend, *CACHE, *shlex.split(args.options)) as server:
             result = asyncio.run(soak(server, args.requests, args.clients, args.seed))
-    result = {"model": str(args.model or "T"), "backend": args.backend} | result
+    result = {"model": Path(args.model or "T").name, "backend": args.backend} | result
     result["checks"] = checks(result, server.exit_code)
     if args.keep:
         Book(RESULTS / "serving.json").keep("soak", result)

@@ -16,8 +16,10 @@ import pytest
 from safetensors.torch import load_file
 from tiny import MIXTURE, WINDOWED, make_folder, write_tekken
 
+from maestrale.errors import UsageError
 from maestrale.torch_backend.train.finetune import finetune
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.parallel import ranks_of_torchrun
 from maestrale.torch_backend.train.report import read_log
 
 # Interrupts itself, on one rank alone, in the step that it is told; torchrun starts it twice.
@@ -93,3 +95,18 @@ def test_two_ranks_have_the_losses_and_weights_of_one(method, config, bf16, tmp_
     weights = load_file(tmp_path / "one" / file)
     for name, tensor in load_file(tmp_path / "two" / file).items():
         np.testing.assert_allclose(tensor, weights[name], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"}, "whole numbers"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "MASTER_ADDR"),
+    ],
+)
+def test_a_rank_that_is_told_nonsense_says_so_in_a_line(told, said, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=said), ranks_of_torchrun():
+        pass

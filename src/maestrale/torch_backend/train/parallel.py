@@ -1,11 +1,10 @@
-"""A run on several ranks, under torchrun: FSDP2 keeps a part of each weight, gradient and moment on each.
+"""A run on several ranks, under torchrun or mpirun: FSDP2 keeps a part of each weight, gradient and moment on each.
 
-One process that was not started by torchrun is a single rank, and nothing here does anything.
+One process that no launcher started is a single rank, and nothing here does anything.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from maestrale.errors import UsageError
+from maestrale.parallel.launcher import set_rendezvous, world
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.moe import MixtureOfExperts
 
@@ -78,13 +78,16 @@ def _touch_all_experts(module: MixtureOfExperts, inputs: tuple[torch.Tensor], ou
 
 @contextmanager
 def ranks_of_torchrun() -> Iterator[Ranks]:
-    """The ranks that torchrun started, joined for the block; a single one where it did not."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """The ranks that torchrun or mpirun started, joined for the block; a single one where none did. UsageError where
+    what they tell a process is wrong."""
+    rank, size, _ = world()
     if size == 1 or not torch.distributed.is_available():
         yield Ranks()
         return
-    torch.distributed.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    set_rendezvous(size)
+    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, rank=rank, world_size=size)
     try:
-        yield Ranks(torch.distributed.get_rank(), size)
+        yield Ranks(rank, size)
     finally:
         torch.distributed.destroy_process_group()
