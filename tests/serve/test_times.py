@@ -6,7 +6,7 @@ import pytest
 
 prometheus_client = pytest.importorskip("prometheus_client")
 
-from maestrale.serve.metrics import _SECONDS, _Times  # noqa: E402
+from maestrale.serve.metrics import _SECONDS, _Times  # noqa: E402 (it imports the library)
 
 
 def test_times_are_told_as_the_librarys_histogram_tells_them():

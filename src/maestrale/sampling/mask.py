@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 class Mask:
-    """bits: a bit for each token, the first in the lowest of a byte; any() says whether there is one."""
+    """bits: a bit for each token, the first in the lowest of a byte. False where the set is empty."""
 
     __slots__ = ("_others", "_tokens", "bits")
 
