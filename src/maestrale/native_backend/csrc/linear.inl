@@ -38,6 +38,12 @@ template <int R, int V, class Body>
 }
 #define EACH [&](auto r, auto v) __attribute__((always_inline))
 
+// Asks for the lines that `put` will write, which come while a tile's sums are made.
+template <int R, int V>
+[[gnu::always_inline]] inline void ask(const Output& out, int64_t row, int64_t block) {
+  each<R, V>(EACH { __builtin_prefetch(out.y + (row + r) * out.stride + (block + v) * kBlock, 1); });
+}
+
 template <int R, int V>
 inline void put(const Floats (&sums)[R][V], const Weight& w, int64_t row, int64_t block, const Output& out) {
   each<R, V>(EACH {
@@ -225,7 +231,10 @@ struct Exact {
 template <class Kind, int R, int V>
 inline void some_rows(const Weight& w, const Rows& rows, int64_t row, int64_t count, int64_t block, const Output& out,
                       const Ahead& ahead) {
-  if (count == R) return Kind::template tile<R, V>(w, rows, row, block, out, ahead);
+  if (count == R) {
+    ask<R, V>(out, row, block);
+    return Kind::template tile<R, V>(w, rows, row, block, out, ahead);
+  }
   if constexpr (R > 1) some_rows<Kind, R - 1, V>(w, rows, row, count, block, out, ahead);
 }
 

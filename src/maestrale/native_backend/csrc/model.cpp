@@ -52,7 +52,7 @@ void Model::add_layer(Layer layer) {
   note(shared_);
   for (Desk& desk : own_) note(desk);
   layers_.push_back(std::move(layer));
-  taken_ = std::make_unique<std::atomic<int64_t>[]>(layers_.size());
+  taken_ = std::vector<std::atomic<int64_t>>(kDivisions * (layers_.size() + 1));
 }
 
 void Model::set_head(const float* norm, const Weight& output) {
@@ -126,7 +126,8 @@ void Model::begin(const Step& step) {
   turns_.reserve(T * 2 * head_.padded);
   copy_pages(step);
   cut(step);
-  for (size_t i = 0; i < layers_.size(); ++i) taken_[i].store(0, std::memory_order_relaxed);
+  for (auto& taken : taken_) taken.store(0, std::memory_order_relaxed);
+  for (Order& order : orders_) order.divisions = 0;
 }
 
 // The step's rows into runs of consecutive positions.
@@ -164,7 +165,8 @@ void Model::copy_pages(const Step& step) {
 }
 
 void Model::run(const Step& step, int thread) {
-  const int64_t T = step.rows, D = shape_.dim, heads = shape_.n_heads * shape_.head_dim;
+  const int64_t T = step.rows, D = shape_.dim;
+  const int64_t heads = shape_.n_heads * shape_.head_dim, kv = shape_.n_kv_heads * shape_.head_dim;
   for (auto [row, last] = share(T, thread); row < last; ++row) {
     embed(step, row);
     turn(step.positions[row], turns_.data() + row * 2 * head_.padded);
@@ -178,11 +180,12 @@ void Model::run(const Step& step, int thread) {
       kernels_.norm(x_.data() + row * D, layer.attention_norm, D, shape_.norm_eps, desk.normed.data() + row * D);
       desk.dim.prepare(kernels_, {&layer.wq, &layer.wk, &layer.wv}, desk.normed.data(), D, row, row + 1);
     });
-    linears({{&layer.wq, q_.data()}, {&layer.wk, k_.data()}, {&layer.wv, v_.data()}}, in.dim, T, thread);
+    linears({{&layer.wq, {q_.data(), heads}}, {&layer.wk, {k_.data(), kv}}, {&layer.wv, {v_.data(), kv}}}, in.dim, T,
+            thread);
     pool_.barrier();
     write(step, layer, thread);
     pool_.barrier();
-    attend(step, layer, only_wanted ? wanted_ : queries_, taken_[i], thread);
+    attend(step, layer, only_wanted ? wanted_ : queries_, thread);
     if (only_wanted && thread == 0)
       for (int64_t n = 0; n < step.wanted; ++n)  // wanted rows ascend, so none is overwritten before it is moved
         std::memmove(x_.data() + n * D, x_.data() + step.logit_rows[n] * D, size_t(D) * 4);
@@ -193,8 +196,7 @@ void Model::run(const Step& step, int thread) {
     const auto& attended = prepared(rows, thread, [&](Desk& desk, int64_t row) {
       desk.heads.prepare(kernels_, {&layer.wo}, mixed_.data(), heads, row, row + 1);
     });
-    const auto [first, last] = share(blocks_of(layer.wo), thread);
-    kernels_.linear(layer.wo, attended.heads.rows(layer.wo, 0, rows), first, last, {x_.data(), D, true});
+    linears({{&layer.wo, {x_.data(), D, true}}}, attended.heads, rows, thread);
     pool_.barrier();
     if (layer.gate == nullptr) {
       feed_forward(layer, rows, thread);
@@ -213,7 +215,7 @@ void Model::run(const Step& step, int thread) {
     kernels_.norm(x_.data() + row * D, final_norm_, D, shape_.norm_eps, desk.normed.data() + row * D);
     desk.dim.prepare(kernels_, {&output_}, desk.normed.data(), D, row, row + 1);
   });
-  linears({{&output_, step.logits}}, out.dim, step.wanted, thread);
+  linears({{&output_, {step.logits, output_.n}}}, out.dim, step.wanted, thread);
 }
 
 // Each thread prepares its share of the rows and waits for the others'; a single row it prepares for itself.
@@ -228,17 +230,33 @@ const Model::Desk& Model::prepared(int64_t rows, int thread, const Prepare& prep
   return shared_;
 }
 
-// Products of the same rows with several weights, this thread's share of all their blocks.
-void Model::linears(std::initializer_list<std::pair<const Weight*, float*>> products, const Activations& activations,
+// Calls work(first, last) on ranges that are `count` items in all. Half of them are divided beforehand, so that a
+// thread finds again what its cache holds; the others go in pieces to who is there first: a core that is slower than the
+// rest, or has other work to do, does less of them, and is waited for no longer than a piece takes.
+template <class Work>
+void Model::divide(int64_t count, int thread, const Work& work) {
+  std::atomic<int64_t>& taken = taken_[orders_[size_t(thread)].divisions++];
+  const int64_t fixed = count / 2, pieces = 4 * pool_.size();
+  const int64_t piece = std::max<int64_t>(1, (count - fixed) / pieces / kEven) * kEven;
+  const auto [first, last] = share(fixed, thread);
+  if (first < last) work(first, last);
+  for (int64_t from; (from = fixed + taken.fetch_add(piece, std::memory_order_relaxed)) < count;)
+    work(from, std::min(from + piece, count));
+}
+
+// Products of the same rows with several weights, this thread's part of all their blocks.
+void Model::linears(std::initializer_list<std::pair<const Weight*, Output>> products, const Activations& activations,
                     int64_t rows, int thread) {
-  int64_t blocks = 0, before = 0;
+  int64_t blocks = 0;
   for (const auto& product : products) blocks += blocks_of(*product.first);
-  const auto [first, last] = share(blocks, thread);
-  for (const auto& [w, y] : products) {
-    const int64_t begin = std::max(first - before, int64_t(0)), end = std::min(last - before, blocks_of(*w));
-    if (begin < end) kernels_.linear(*w, activations.rows(*w, 0, rows), begin, end, {y, w->n});
-    before += blocks_of(*w);
-  }
+  divide(blocks, thread, [&](int64_t first, int64_t last) {
+    int64_t before = 0;
+    for (const auto& [w, out] : products) {
+      const int64_t begin = std::max(first - before, int64_t(0)), end = std::min(last - before, blocks_of(*w));
+      if (begin < end) kernels_.linear(*w, activations.rows(*w, 0, rows), begin, end, out);
+      before += blocks_of(*w);
+    }
+  });
 }
 
 void Model::embed(const Step& step, int64_t row) {
@@ -286,11 +304,11 @@ void Model::write(const Step& step, const Layer& layer, int thread) {
   }
 }
 
-void Model::attend(const Step& step, const Layer& layer, const std::vector<Run>& runs, std::atomic<int64_t>& taken,
-                   int thread) {
+void Model::attend(const Step& step, const Layer& layer, const std::vector<Run>& runs, int thread) {
   const int64_t group = shape_.n_heads / shape_.n_kv_heads, width = group * shape_.head_dim;
   const int64_t stride = shape_.n_heads * shape_.head_dim, items = int64_t(runs.size()) * shape_.n_kv_heads;
   const CacheView cache = view(layer);
+  std::atomic<int64_t>& taken = taken_[orders_[size_t(thread)].divisions++];
   for (int64_t i; (i = items - 1 - taken.fetch_add(1, std::memory_order_relaxed)) >= 0;) {  // the longest come first
     const int64_t g = i % shape_.n_kv_heads;
     const Run& run = runs[size_t(i / shape_.n_kv_heads)];
@@ -306,17 +324,17 @@ void Model::feed_forward(const Layer& layer, int64_t rows, int thread) {
     kernels_.norm(x_.data() + row * D, layer.ffn_norm, D, shape_.norm_eps, desk.normed.data() + row * D);
     desk.dim.prepare(kernels_, {&ffn.w1}, desk.normed.data(), D, row, row + 1);
   });
-  const auto wide = share(blocks_of(ffn.w1), thread);
-  kernels_.swiglu(ffn.w1, ffn.w3, in.dim.rows(ffn.w1, 0, rows), wide.first, wide.last, {hidden_.data(), F});
+  divide(blocks_of(ffn.w1), thread, [&](int64_t first, int64_t last) {
+    kernels_.swiglu(ffn.w1, ffn.w3, in.dim.rows(ffn.w1, 0, rows), first, last, {hidden_.data(), F});
+  });
   pool_.barrier();
   const auto& middle = prepared(rows, thread, [&](Desk& desk, int64_t row) {
     desk.hidden.prepare(kernels_, {&ffn.w2}, hidden_.data(), F, row, row + 1);
   });
-  const auto narrow = share(blocks_of(ffn.w2), thread);
-  kernels_.linear(ffn.w2, middle.hidden.rows(ffn.w2, 0, rows), narrow.first, narrow.last, {x_.data(), D, true});
+  linears({{&ffn.w2, {x_.data(), D, true}}}, middle.hidden, rows, thread);
 }
 
-// Every expert's blocks are split over all threads: so the load is even whatever the router chose.
+// Every expert's blocks are divided over all threads: so the load is even whatever the router chose.
 void Model::mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int64_t* original, int thread) {
   const int64_t D = shape_.dim, F = shape_.hidden_dim, K = shape_.n_chosen, E = int64_t(layer.experts.size());
   Order& order = orders_[size_t(thread)];
@@ -339,28 +357,30 @@ void Model::mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int
       shared_.gathered.copy(any.w1, in.dim, order.rows[size_t(place)], place);
     pool_.barrier();
   }
-  const auto wide = share(blocks_of(any.w1), thread);
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t begin = order.begins[size_t(e)], count = order.begins[size_t(e) + 1] - begin;
-    if (count == 0) continue;
-    const FeedForward& ffn = layer.experts[size_t(e)];
+  const auto experts = [&](int64_t blocks, auto multiply) {
+    divide(int64_t(order.busy.size()) * blocks, thread, [&](int64_t first, int64_t last) {
+      for (int64_t i = first / blocks; i * blocks < last; ++i) {
+        const size_t e = size_t(order.busy[size_t(i)]);
+        multiply(layer.experts[e], order.begins[e], order.begins[e + 1] - order.begins[e],
+                 std::max(first - i * blocks, int64_t(0)), std::min(last - i * blocks, blocks));
+      }
+    });
+    pool_.barrier();
+  };
+  experts(blocks_of(any.w1), [&](const FeedForward& ffn, int64_t begin, int64_t count, int64_t first, int64_t last) {
     const Rows of = rows > 1 ? shared_.gathered.rows(ffn.w1, begin, count) : in.dim.rows(ffn.w1, 0, 1);
-    kernels_.swiglu(ffn.w1, ffn.w3, of, wide.first, wide.last, {hidden_.data() + begin * F, F});
-  }
-  pool_.barrier();
+    kernels_.swiglu(ffn.w1, ffn.w3, of, first, last, {hidden_.data() + begin * F, F});
+  });
   const auto& middle = prepared(rows * K, thread, [&](Desk& desk, int64_t place) {
     desk.hidden.prepare(kernels_, {&any.w2}, hidden_.data(), F, place, place + 1);
   });
-  const auto narrow = share(blocks_of(any.w2), thread);
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t begin = order.begins[size_t(e)], count = order.begins[size_t(e) + 1] - begin;
-    if (count == 0) continue;
-    const Weight& w2 = layer.experts[size_t(e)].w2;
-    kernels_.linear(w2, middle.hidden.rows(w2, begin, count), narrow.first, narrow.last,
+  experts(blocks_of(any.w2), [&](const FeedForward& ffn, int64_t begin, int64_t count, int64_t first, int64_t last) {
+    kernels_.linear(ffn.w2, middle.hidden.rows(ffn.w2, begin, count), first, last,
                     {expert_out_.data() + begin * D, D});
-  }
-  // N5: experts are added in ascending order, and a thread adds the columns that it has computed.
-  const int64_t column = narrow.first * kBlock, columns = std::min(narrow.last * kBlock, D) - column;
+  });
+  // N5: experts are added in ascending order; every thread adds some columns.
+  const auto [first, last] = share(blocks_of(any.w2), thread);
+  const int64_t column = first * kBlock, columns = std::min(last * kBlock, D) - column;
   for (int64_t row = 0; row < rows && columns > 0; ++row) {
     for (int64_t k = 0; k < K; ++k)
       order.outputs[size_t(k)] = expert_out_.data() + order.places[size_t(row * K + k)] * D + column;
@@ -400,6 +420,9 @@ void Model::sort_rows(const Desk& desk, int64_t experts, int64_t rows, Order& or
   }
   for (int64_t e = experts; e > 0; --e) begins[e] = begins[e - 1];  // each had become the next one's begin
   begins[0] = 0;
+  order.busy.clear();
+  for (int64_t e = 0; e < experts; ++e)
+    if (begins[e] < begins[e + 1]) order.busy.push_back(e);
 }
 
 }  // namespace maestrale

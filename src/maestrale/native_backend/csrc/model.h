@@ -9,6 +9,7 @@
 #include <atomic>
 #include <limits>
 #include <memory>
+#include <vector>
 
 #include "activations.h"
 #include "attention.h"
@@ -18,6 +19,8 @@
 namespace maestrale {
 
 constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
+constexpr size_t kDivisions = 5;  // of the work among threads, in a layer: four linear stages and attention
+constexpr int64_t kEven = 6;      // blocks: a multiple of what a tile spans
 
 struct Shape {
   int64_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, n_chosen;
@@ -89,9 +92,11 @@ class Model {
   // The rows of a mixture expert after expert: begins[e] … begins[e + 1] are e's.
   struct Order {
     std::vector<int64_t> begins, rows, places;  // rows[place] = row; places[row * n_chosen + i] = place
+    std::vector<int64_t> busy;                  // the experts that have rows
     std::vector<const float*> outputs;
     Buffer<float> scores;
     Buffer<char> scratch;
+    size_t divisions = 0;  // that the thread has come to in this step
   };
   struct Range {
     int64_t first, last;
@@ -111,9 +116,9 @@ class Model {
   Span span(const Step& step, const Layer& layer, const Run& run) const;
   CacheView view(const Layer& layer) const;
   void write(const Step& step, const Layer& layer, int thread);
-  void linears(std::initializer_list<std::pair<const Weight*, float*>> products, const Activations& activations,
+  void linears(std::initializer_list<std::pair<const Weight*, Output>> products, const Activations& activations,
                int64_t rows, int thread);
-  void attend(const Step& step, const Layer& layer, const std::vector<Run>& runs, std::atomic<int64_t>& taken, int thread);
+  void attend(const Step& step, const Layer& layer, const std::vector<Run>& runs, int thread);
   void feed_forward(const Layer& layer, int64_t rows, int thread);
   void mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int64_t* original, int thread);
   static void choose(const float* scores, int64_t experts, int64_t K, int32_t* chosen);
@@ -123,6 +128,8 @@ class Model {
   Range share(int64_t count, int thread) const {
     return {count * thread / pool_.size(), count * (thread + 1) / pool_.size()};
   }
+  template <class Work>
+  void divide(int64_t count, int thread, const Work& work);
   template <class Prepare>
   const Desk& prepared(int64_t rows, int thread, const Prepare& prepare);
 
@@ -142,7 +149,7 @@ class Model {
   Buffer<float> x_, q_, k_, v_, mixed_, hidden_, expert_out_, turns_;
   Buffer<uint32_t> copied_;
   std::vector<Run> written_, queries_, wanted_;  // within a page; of a length for attention; the wanted ones of these
-  std::unique_ptr<std::atomic<int64_t>[]> taken_;  // of each layer's attention: how many spans are begun
+  std::vector<std::atomic<int64_t>> taken_;  // of each division of the step: how many of its items are begun
   Pool pool_;
 };
 
