@@ -15,7 +15,7 @@ from maestrale.checkpoint.packed_room import is_linear
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.config import ModelConfig
 from maestrale.engine.layout import longest_fit, sequence_bytes
-from maestrale.errors import UsageError
+from maestrale.errors import UsageError, first_line
 from maestrale.memory import available_memory
 from maestrale.plan import tensor_plan
 
@@ -155,7 +155,7 @@ def _torch_device(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"device {device!r} cannot be used: {first_line(error)}") from None
     return device
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from maestrale.errors import ConfigError
 
-MAX_SIZE = (1 << 31) - 1  # no dimension of a real model comes near; keeps every product inside 64 bits
+MAX_SIZE = (1 << 31) - 1  # no dimension, nor a text, comes near; keeps every product inside 64 bits
+DEFAULT_CONTEXT = 32_768  # where a model's folder does not say; the length Mistral 7B was trained to use
 MAX_LAYERS = 1000  # these two bound the table of tensors, which is built before any weight is looked at
 MAX_EXPERTS = 20_000  # in all layers together
 

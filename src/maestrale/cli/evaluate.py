@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from maestrale.cli import options as opt
 from maestrale.cli.choices import KEYS, Segment, accuracy, read_questions, segments
 from maestrale.cli.declare import Argument, Option
+from maestrale.config import MAX_SIZE
 from maestrale.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from maestrale.llm import LLM
 
-_LONGEST = (1 << 31) - 1  # positions that the engine counts to
 _MOST_NATS = 700  # whose perplexity is still a float
 
 
@@ -73,7 +73,7 @@ def evaluate(
     if stride is not None and stride < 1:
         raise UsageError(f"--stride {stride}: expected a whole number of at least 1")
     if max_len is None and _has_window_everywhere(model, running.ignore_unexpected):
-        max_len = _LONGEST
+        max_len = MAX_SIZE
     llm = running.open(model, max_len=max_len, max_batch_tokens=max_batch_tokens, prefix_cache=False)
     if llm.max_len < 2:
         raise UsageError(f"--max-len {llm.max_len}: at least 2 tokens are needed to score one")

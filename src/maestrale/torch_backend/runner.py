@@ -15,7 +15,7 @@ from maestrale.batch import Batch, CacheLayout, Runner, StepOutput
 from maestrale.checkpoint.adapter import Adapter
 from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.reader import Checkpoint
-from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.errors import MemoryLimitError, UsageError, first_line
 from maestrale.memory import keep_freed_memory
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
@@ -83,7 +83,7 @@ def memory_errors() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise MemoryLimitError(
-            f"out of memory: {str(error).splitlines()[0]}; lower max_len, max_batch_tokens or max_sequences"
+            f"out of memory: {first_line(error)}; lower max_len, max_batch_tokens or max_sequences"
         ) from None
 
 
@@ -123,7 +123,7 @@ def open_runner(
 
         round_linears(model)
     if hidden:
-        model.output = nn.Identity()  # type: ignore[assignment]
+        model.set_submodule("output", nn.Identity())
     elif head is not None:
         model.output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
         model.output.weight = nn.Parameter(torch.from_numpy(head).to(model.norm.weight), requires_grad=False)
