@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +26,7 @@ from maestrale.text.tokenizer import Tokenizer
 __all__ = ["LLM", "Completion", "Request"]
 
 Prompt = str | Sequence[int]
+_TELL_EVERY = 0.1  # seconds, of progress
 
 
 class LLM:
@@ -104,7 +107,7 @@ class LLM:
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._writes = output == "logits"
-        self._news: dict[Request, deque[Completion]] = {}
+        self._news: dict[Request, deque[tuple[Request, Completion]]] = {}  # where whose pieces are put
 
     @property
     def config(self) -> ModelConfig:
@@ -148,7 +151,8 @@ class LLM:
         likewise the name of an adapter.
 
         Returns the completions in the order of the prompts, n for each. RequestError for a request that cannot be
-        served; then none is. `progress` is called with (tokens known to be done, most there can be), prompts included.
+        served; then none is. `progress` is called now and then, and at the end, with (tokens known to be done, most
+        there can be), prompts included.
         """
         requests = self._submit(*_pair(prompts, params), adapter=adapter)
         for _ in self._run(requests, progress):
@@ -300,21 +304,28 @@ class LLM:
 
         Several of these may run in turns (two streams read alternately): a step's news go to whom they belong.
         """
-        self._news.update((request, deque()) for request in requests)
-        total = sum(request.length_limit for request in requests)
+        news: deque[tuple[Request, Completion]] = deque()
+        self._news.update(dict.fromkeys(requests, news))
+        # Of thousands of requests few run at a time: a step must not look at all of them.
+        unfinished, total, failed, told = deque(requests), sum(r.length_limit for r in requests), -1, -math.inf
         try:
             while True:
-                for request in requests:
-                    while self._news[request]:
-                        yield request, self._news[request].popleft()
-                    if request.error is not None:
-                        raise request.error
-                if all(request.finished for request in requests):
+                while news:
+                    yield news.popleft()
+                if failed != self._engine.failed:
+                    failed = self._engine.failed
+                    if error := next((request.error for request in requests if request.error), None):
+                        raise error
+                while unfinished and unfinished[0].finished:
+                    unfinished.popleft()
+                if not unfinished or time.monotonic() > told + _TELL_EVERY:
+                    progress(sum(request.done for request in requests), total)
+                    told = time.monotonic()
+                if not unfinished:
                     return
                 for request, piece in self._engine.step():
-                    self._news[request].append(piece)
-                progress(sum(request.done for request in requests), total)
-                if not any(self._news[request] for request in requests):
+                    self._news[request].append((request, piece))
+                if not news:
                     yield requests[0], Completion()  # a chunk of a prompt: nothing new, but a moment to stop at
         finally:
             self._abort(requests)
