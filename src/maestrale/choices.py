@@ -54,7 +54,7 @@ class Options:
     expert_parallel: int = 1
     distributed_timeout: float = 120.0  # seconds, of a rank that should answer
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
-    output: str = "logits"  # or "hidden", what the output layer reads; or "classes", a classifier's scores
+    classes: bool = False  # a classifier's scores in place of logits
 
 
 def check_options(options: Options) -> None:

@@ -89,18 +89,16 @@ def launch(
     for what, form in (("weights fp8 do", options.weights), ("cache fp8 does", options.cache)):
         if link is not None and form == "fp8":
             raise UsageError(f"{what} not run over several ranks: start a single process")
-    if link is not None and options.output != "logits":
-        raise UsageError("embeddings and classes are not computed over several ranks: start a single process")
+    if link is not None and options.classes:
+        raise UsageError("classes are not computed over several ranks: start a single process")
     together = link.agree if link else _alone
     with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
         sharded = link is not None and link.mesh.tensor > 1
-        only_torch = sharded or bool(options.adapters) or options.output != "logits"
+        only_torch = sharded or bool(options.adapters) or options.classes
         if only_torch and options.backend == "native":
-            raise UsageError(
-                "backend native: adapters, classes, hidden states and --tensor-parallel need backend torch"
-            )
+            raise UsageError("backend native: adapters, classes and --tensor-parallel need backend torch")
         backend, device = choose_backend(replace(options, backend="torch") if only_torch else options)
         adapters, classifier = together(lambda: _additions(options, checkpoint))
         dtype, weights = choose_formats(options, backend, checkpoint)
@@ -165,7 +163,6 @@ def launch(
                 device,
                 progress,
                 adapters,
-                hidden=options.output == "hidden",
                 head=head,
                 fp8=weights == "fp8",
                 fp8_cache=options.cache == "fp8",
@@ -190,7 +187,7 @@ def _additions(options: Options, checkpoint: Checkpoint) -> tuple[list[Adapter],
         from maestrale.checkpoint.adapter import open_adapter
 
         adapters = [open_adapter(place, checkpoint.config) for place in options.adapters.values()]
-    if options.output == "classes":
+    if options.classes:
         from maestrale.checkpoint.classifier import read_classifier
 
         classifier = read_classifier(checkpoint.folder, checkpoint.config)

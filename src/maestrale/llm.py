@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from maestrale.batch import Embedding
 from maestrale.choices import Options
 from maestrale.config import ModelConfig
 from maestrale.engine.counters import Counters
@@ -52,7 +53,7 @@ class LLM:
     prefix_cache: keep the pages of what was computed, for prompts that begin alike.
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
     either.
-    output: "logits"; or what Reader, which reads and does not write, asks for: "hidden" or "classes".
+    classes: what Reader asks for: the scores of a folder's classifier in place of logits.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
@@ -81,7 +82,7 @@ class LLM:
         cache: str = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
-        output: str = "logits",
+        classes: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
@@ -102,11 +103,11 @@ class LLM:
             expert_parallel=expert_parallel,
             distributed_timeout=distributed_timeout,
             adapters=adapters or {},
-            output=output,
+            classes=classes,
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
-        self._writes = output == "logits"
+        self._writes = not classes
         self._news: dict[Request, deque[tuple[Request, Completion]]] = {}  # where whose pieces are put
 
     @property
@@ -256,18 +257,18 @@ class LLM:
     def has_work(self) -> bool:
         return self._engine.has_work
 
-    def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
-        """The mean of the last hidden states of a text, float32 [dim]; before it a None for each chunk but the last,
-        where a server may do something else. RequestError where the text is too long, or the backend cannot do it."""
-        embed = getattr(self._engine.runner, "embed", None)
-        if embed is None:
-            raise RequestError("model: a model over several ranks gives no embeddings", "model")
-        if not 0 < len(ids) <= self.max_len or min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise RequestError(
-                f"input: expected 1 to {self.max_len} token ids from 0 to {self.config.vocab_size - 1}, got {len(ids)}",
-                "input",
-            )
-        return cast(Iterator[NDArray[np.float32] | None], embed(ids))
+    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
+        """The mean of each text's last hidden states, float32 [dim]; before them a None for each chunk, where a server
+        may do something else. RequestError where a text is too long, or the model cannot do it."""
+        runner = self._engine.runner
+        if not isinstance(runner, Embedding):
+            raise RequestError("embeddings are not computed over several ranks: start a single process", "model")
+        for ids in texts:
+            if not 0 < len(ids) <= self.max_len:
+                raise RequestError(f"input: a text of {len(ids)} tokens: expected 1 to {self.max_len}", "input")
+            if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+                raise RequestError(f"input: expected token ids from 0 to {self.config.vocab_size - 1}", "input")
+        return runner.embed(texts)
 
     def _submit(
         self,
@@ -279,7 +280,7 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
         if not self._writes and not keep_logits:
-            raise RequestError("this model was opened to read, and does not write: open it with output='logits'")
+            raise RequestError("this model was opened for its classes, and does not write: open it with classes=False")
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(adapters) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")

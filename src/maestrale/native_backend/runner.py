@@ -42,10 +42,10 @@ class NativeRunner:
             self.model.step(*batch.arrays, logits=logits, chosen=experts)
         return StepOutput(logits, None if experts is None else experts[:, batch.logit_rows].swapaxes(0, 1))
 
-    def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
-        """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
+    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
+        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
         with memory_errors():
-            yield from embed(self._body, token_ids, self._layout.max_chunk)
+            yield from embed(self._body, texts, self._layout.max_chunk)
 
 
 @contextmanager
