@@ -138,7 +138,7 @@ class ModelConfig:
             raise ConfigError(
                 f"{source}: model_type = {model_type!r}; expected mistral, ministral or mixtral (text models only)"
             )
-        reader.refuse("quantization_config", "quantized Hugging Face folders are not supported")
+        reader.refuse("quantization_config", "it describes the weights, not the model: open the whole folder")
         if reader.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"{source}: hidden_act = {reader.get('hidden_act')!r}; expected 'silu'")
         mixture = model_type == "mixtral"
