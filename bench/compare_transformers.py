@@ -28,14 +28,8 @@ from typing import Any
 from make_checkpoint import CHECKPOINTS, SHAPES, make_checkpoint
 
 from maestrale.checkpoint.convert import convert
-from maestrale.cli.bench import (
-    CONTEXT,
-    Stand,
-    machine_limits,
-    prefill_operations,
-    prompt,
-    step_bytes,
-)
+from maestrale.cli.bench import CONTEXT, Stand, prompt
+from maestrale.cli.limits import machine_limits, prefill_operations, step_bytes
 from maestrale.memory import peak_memory
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,7 +22,7 @@ from gpu_report import Report
 
 from maestrale.batch import CacheLayout, Runner
 from maestrale.checkpoint.packed_room import is_linear
-from maestrale.cli.bench import prefill_operations, step_bytes
+from maestrale.cli.limits import prefill_operations, step_bytes
 from maestrale.config import ModelConfig, MoeConfig
 from maestrale.engine.engine import Engine
 from maestrale.engine.layout import make_layout

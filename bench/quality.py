@@ -25,6 +25,7 @@ from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.cli.evaluate import cut, score
+from maestrale.config import MAX_SIZE
 from maestrale.launch import model_folder
 from maestrale.plan import count_parameters
 from maestrale.text.tokenizer import load_tokenizer
@@ -37,7 +38,6 @@ RECIPES = {
     "int4, groups of 128": Recipe("int4", 128),
 }
 PIECES, PIECE = 20, 64
-_LONGEST = (1 << 31) - 1
 
 
 def measure(folder: Path, texts: list[str], pieces: list[list[int]], options: dict) -> tuple[float, list[list[int]]]:
@@ -67,7 +67,7 @@ def main() -> None:
 
     with open_checkpoint(model) as source:
         config = source.config
-        options["max_len"] = _LONGEST if all(config.sliding_window) else None  # as `maestrale eval` has it
+        options["max_len"] = MAX_SIZE if all(config.sliding_window) else None  # as `maestrale eval` has it
         tokenizer = load_tokenizer(model, config.vocab_size)
         ids = [token for text in texts for token in tokenizer.encode(text, bos=False)]
         step = len(ids) // PIECES

@@ -147,7 +147,8 @@ class Front:
                 return Response(b"".join([piece async for piece in pieces]), status, found)
             except (RayError, Gone) as error:
                 problem = error
-                log.warning("a request goes to another replica: %s", str(error).splitlines()[-1])
+                reason = str(error).rpartition("\n")[2] or type(error).__name__
+                log.warning("a request goes to another replica: %s", reason)
         return JSONResponse(_error(f"{TRIES} replicas were lost: {type(problem).__name__}"), 503, {"retry-after": "5"})
 
 

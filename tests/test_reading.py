@@ -36,10 +36,14 @@ def test_scores_are_those_of_transformers_sequence_classification(config, tmp_pa
         np.testing.assert_allclose([shares[label] for label in LABELS], expected.softmax(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("config", [WINDOWED, MIXTURE], ids=["windowed", "mixture"])
-def test_an_embedding_is_the_mean_of_transformers_last_hidden_states(config, tmp_path):
+@pytest.mark.parametrize("chunk", [16, 64], ids=["in chunks", "two at once"])
+def test_an_embedding_is_the_mean_of_transformers_last_hidden_states(config, backend, chunk, tmp_path):
     base = hf_model(config)
-    reader = Reader(write_native(tmp_path, config, native_weights(base, config)), max_len=64, max_batch_tokens=16)
+    folder = write_native(tmp_path, config, native_weights(base, config))
+    reader = Reader(folder, max_len=64, max_batch_tokens=chunk, backend=backend)
+    assert reader.embed([]) == []
     for ids, vector in zip(TEXTS, reader.embed(TEXTS), strict=True):
         with torch.no_grad():
             expected = base.model(torch.tensor([ids])).last_hidden_state[0].mean(0)
@@ -52,8 +56,12 @@ def test_what_it_was_not_opened_for_is_refused(tmp_path):
         Reader(folder, classes=True)
     with pytest.raises(RequestError, match="opened for embeddings"):
         Reader(folder, max_len=64).classify(TEXTS)
-    with pytest.raises(RequestError, match="opened to read, and does not write"):
-        LLM(folder, max_len=64, output="hidden").generate([TEXTS[0]])
+    with pytest.raises(RequestError, match="a text of 65 tokens: expected 1 to 64"):
+        Reader(folder, max_len=64).embed([TEXTS[0], [1] * 65])
+    (folder / "classifier.json").write_text(json.dumps({"labels": LABELS}))
+    save_file({"score.weight": torch.zeros(3, 32)}, folder / "classifier.safetensors")
+    with pytest.raises(RequestError, match="opened for its classes, and does not write"):
+        LLM(folder, max_len=64, classes=True).generate([TEXTS[0]])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from kernels import memory
 from protocol import CONTEXT
 
-from maestrale.cli.bench import prefill_operations, step_bytes
+from maestrale.cli.limits import prefill_operations, step_bytes
 from maestrale.config import ModelConfig
 from maestrale.native_backend import kernels
 from maestrale.plan import count_parameters, tensor_plan

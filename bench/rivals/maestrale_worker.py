@@ -7,7 +7,7 @@ from pathlib import Path
 from protocol import serve
 
 from maestrale.checkpoint.quantize import Recipe, quantize
-from maestrale.choices import Options
+from maestrale.choices import Options, nearest_rounding
 from maestrale.engine.request import Request
 from maestrale.launch import launch
 from maestrale.sampling.params import SamplingParams
@@ -32,7 +32,7 @@ class Maestrale:
 
     @staticmethod
     def prepare(source: Path, target: Path, weights: str) -> None:
-        quantize(source, target, Recipe(weights))
+        quantize(source, target, Recipe(weights), nearest_rounding())
 
     def prefill(self, prompt: list[int]) -> None:
         self._end()

@@ -6,7 +6,7 @@ sees (`visible`). They are written with plain operators, so numpy and torch arra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -88,24 +88,42 @@ class Batch:
         return self.token_ids, self.positions, self.starts, self.tables, self.copies, self.logit_rows
 
 
+def lots(texts: Sequence[Sequence[int]], max_chunk: int) -> Iterator[list[Sequence[int]]]:
+    """Texts that are read once, in their order: as many together as have `max_chunk` tokens; a longer one by itself."""
+    lot: list[Sequence[int]] = []
+    for text in texts:
+        if lot and sum(map(len, lot)) + len(text) > max_chunk:
+            yield lot
+            lot = []
+        lot.append(text)
+    if lot:
+        yield lot
+
+
 def read_alone(
-    token_ids: Sequence[int], windows: tuple[int | None, ...], max_chunk: int
+    lot: Sequence[Sequence[int]], windows: tuple[int | None, ...], max_chunk: int
 ) -> tuple[CacheLayout, list[Batch]]:
-    """A text that is read once: the layout of its own cache, whose rings never wrap; its chunks, all rows wanted."""
-    n, kinds = len(token_ids), len(windows)
-    pages = -(-n // 16)
+    """The layout of a cache for one of these lots, whose rings never wrap; its batches, all rows wanted: one, or the
+    chunks of a single text."""
+    lengths, size, kinds = np.array([len(text) for text in lot]), 16, len(windows)
+    pages, starts = -(-lengths // size), np.append(0, lengths.cumsum())
+    ring, total = int(pages.max()), int(pages.sum())
+    # A text's pages lie one after the other; what stands in its table behind them is never reached.
+    table = np.minimum((pages.cumsum() - pages)[:, None] + np.arange(ring), total - 1)
+    token_ids = np.concatenate([np.array(text, np.int64) for text in lot])
+    positions = np.arange(len(token_ids)) - starts[:-1].repeat(lengths)
     batches = [
         Batch(
-            token_ids=np.array(token_ids[start:end], np.int64),
-            positions=np.arange(start, end),
-            starts=np.array([0, end - start]),
-            tables=(np.arange(pages)[None],) * kinds,
+            token_ids=token_ids[start:end],
+            positions=positions[start:end],
+            starts=starts.clip(start, end) - start,
+            tables=(table,) * kinds,
             copies=(np.empty((0, 2), np.int64),) * kinds,
             logit_rows=np.arange(end - start),
         )
-        for start, end in pairwise([*range(0, n, max_chunk), n])
+        for start, end in pairwise([*range(0, len(token_ids), max_chunk), len(token_ids)])
     ]
-    return CacheLayout(16, n, max_chunk, windows, (pages,) * kinds, (pages,) * kinds), batches
+    return CacheLayout(size, int(lengths.max()), max_chunk, windows, (ring,) * kinds, (total,) * kinds), batches
 
 
 class Rows(Protocol):
@@ -142,6 +160,15 @@ class Drawing(Runner, Protocol):
     """A runner that may draw tokens where its logits are, so that they need not travel. draws: whether it does."""
 
     draws: bool
+
+
+@runtime_checkable
+class Embedding(Runner, Protocol):
+    """A runner that also gives texts as vectors, beside its cache."""
+
+    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
+        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
+        ...
 
 
 @runtime_checkable

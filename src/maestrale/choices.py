@@ -15,7 +15,7 @@ from maestrale.checkpoint.packed_room import is_linear
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.config import ModelConfig
 from maestrale.engine.layout import longest_fit, sequence_bytes
-from maestrale.errors import UsageError
+from maestrale.errors import UsageError, first_line
 from maestrale.memory import available_memory
 from maestrale.plan import tensor_plan
 
@@ -54,7 +54,7 @@ class Options:
     expert_parallel: int = 1
     distributed_timeout: float = 120.0  # seconds, of a rank that should answer
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
-    output: str = "logits"  # or "hidden", what the output layer reads; or "classes", a classifier's scores
+    classes: bool = False  # a classifier's scores in place of logits
 
 
 def check_options(options: Options) -> None:
@@ -155,7 +155,7 @@ def _torch_device(device: str) -> str:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"device {device!r} cannot be used: {first_line(error)}") from None
     return device
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from maestrale.errors import ConfigError
 
-MAX_SIZE = (1 << 31) - 1  # no dimension of a real model comes near; keeps every product inside 64 bits
+MAX_SIZE = (1 << 31) - 1  # no dimension, nor a text, comes near; keeps every product inside 64 bits
+DEFAULT_CONTEXT = 32_768  # where a model's folder does not say; the length Mistral 7B was trained to use
 MAX_LAYERS = 1000  # these two bound the table of tensors, which is built before any weight is looked at
 MAX_EXPERTS = 20_000  # in all layers together
 
@@ -137,7 +138,7 @@ class ModelConfig:
             raise ConfigError(
                 f"{source}: model_type = {model_type!r}; expected mistral, ministral or mixtral (text models only)"
             )
-        reader.refuse("quantization_config", "quantized Hugging Face folders are not supported")
+        reader.refuse("quantization_config", "it describes the weights, not the model: open the whole folder")
         if reader.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"{source}: hidden_act = {reader.get('hidden_act')!r}; expected 'silu'")
         mixture = model_type == "mixtral"

@@ -67,5 +67,10 @@ class DistributedError(MaestraleError):
     exit_code = 6
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for a message of one line; the error's kind where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 SIGINT_EXIT = 130
 SIGTERM_EXIT = 143

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -76,6 +76,41 @@ def model_folder(path: str | Path | None) -> Path:
     return BUNDLED / name
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """What is decided before a weight is read. device: this rank's; memory: bytes that this process may take of it.
+    weights: the linear layers' format. The rest as `Launched` has it."""
+
+    options: Options
+    checkpoint: Checkpoint
+    adapters: list[Adapter]
+    classifier: Classifier | None
+    backend: str
+    device: str
+    dtype: str
+    weights: str
+    max_chunk: int
+    memory: int
+    tensor_bytes: dict[str, float]
+    element_bytes: float
+    progress: Callable[[int, int], None]
+
+    @property
+    def weight_bytes(self) -> int:
+        return int(sum(self.tensor_bytes.values()))
+
+    def layout(self, budget: int) -> CacheLayout:
+        """Of a cache of `budget` bytes."""
+        return make_layout(
+            self.checkpoint.config,
+            max_len=self.options.max_len,
+            max_chunk=self.max_chunk,
+            max_sequences=self.options.max_sequences,
+            element_bytes=self.element_bytes,
+            budget=budget,
+        )
+
+
 def launch(
     path: str | Path | None,
     options: Options,
@@ -86,90 +121,14 @@ def launch(
     MemoryLimitError. `progress` gets (tensors loaded, tensors in all)."""
     check_options(options)
     link = _link(options)
-    for what, form in (("weights fp8 do", options.weights), ("cache fp8 does", options.cache)):
-        if link is not None and form == "fp8":
-            raise UsageError(f"{what} not run over several ranks: start a single process")
-    if link is not None and options.output != "logits":
-        raise UsageError("embeddings and classes are not computed over several ranks: start a single process")
+    if link is not None:
+        _check_ranks(options)
     together = link.agree if link else _alone
     with together(lambda: open_checkpoint(model_folder(path), options.ignore_unexpected)) as checkpoint:
         config = checkpoint.config
         tokenizer, problem = _tokenizer(checkpoint.folder, config.vocab_size, require_tokenizer)
-        sharded = link is not None and link.mesh.tensor > 1
-        only_torch = sharded or bool(options.adapters) or options.output != "logits"
-        if only_torch and options.backend == "native":
-            raise UsageError(
-                "backend native: adapters, classes, hidden states and --tensor-parallel need backend torch"
-            )
-        backend, device = choose_backend(replace(options, backend="torch") if only_torch else options)
-        adapters, classifier = together(lambda: _additions(options, checkpoint))
-        dtype, weights = choose_formats(options, backend, checkpoint)
-        stages = 1 if link is None else link.mesh.pipeline
-        max_chunk = default_chunk(device, stages) if options.max_batch_tokens is None else options.max_batch_tokens
-        tensor_bytes = bytes_in_memory(checkpoint, backend, dtype, weights)
-        element_bytes = cache_element(config, dtype, options.cache)
-        here = device if link is None or device != "cuda" else f"cuda:{link.local_rank}"
-        sharing = 1 if link is None or device == "cuda" else link.ranks_on_host
-        memory, weight_bytes = together(lambda: memory_of(here)) // sharing, int(sum(tensor_bytes.values()))
-        if link is not None:
-            link.mesh.check(config)
-        elif weight_bytes > memory:
-            raise MemoryLimitError(
-                f"{checkpoint.folder}: the weights take {weight_bytes / 2**30:.1f} GiB as {weights}, "
-                f"{memory / 2**30:.1f} GiB are to be had on {device}"
-            )
-
-        def layout_for(budget: int) -> CacheLayout:
-            return make_layout(
-                config,
-                max_len=options.max_len,
-                max_chunk=max_chunk,
-                max_sequences=options.max_sequences,
-                element_bytes=element_bytes,
-                budget=budget,
-            )
-
-        runner: Runner
-        if link is not None:
-            runner = _open_ranks(
-                checkpoint,
-                link,
-                options,
-                backend,
-                here,
-                memory,
-                dtype,
-                weights,
-                tensor_bytes,
-                layout_for,
-                progress,
-                adapters,
-            )
-        elif backend == "native":
-            from maestrale.native_backend.runner import choose_threads
-            from maestrale.native_backend.runner import open_runner as open_native
-
-            layout = layout_for(cache_budget(memory, weight_bytes))
-            runner = open_native(
-                checkpoint, layout, kept_as(options, dtype), weights, choose_threads(options.threads), progress
-            )
-        else:
-            from maestrale.torch_backend.runner import open_runner as open_torch
-
-            layout = layout_for(cache_budget(memory, weight_bytes))
-            head = None if classifier is None else classifier.weight
-            runner = open_torch(
-                checkpoint,
-                layout,
-                dtype,
-                device,
-                progress,
-                adapters,
-                hidden=options.output == "hidden",
-                head=head,
-                fp8=weights == "fp8",
-                fp8_cache=options.cache == "fp8",
-            )
+        setup = _set_up(options, checkpoint, link, progress)
+        runner = _open_alone(setup) if link is None else _open_ranks(setup, link)
     engine = Engine(
         runner,
         config.vocab_size,
@@ -179,8 +138,72 @@ def launch(
         prefix_cache=options.prefix_cache,
         speculate=options.speculate,
     )
-    labels = () if classifier is None else classifier.labels
-    return Launched(config, engine, tokenizer, problem, backend, device, dtype, tensor_bytes, element_bytes, labels)
+    return Launched(
+        config,
+        engine,
+        tokenizer,
+        problem,
+        setup.backend,
+        setup.device,
+        setup.dtype,
+        setup.tensor_bytes,
+        setup.element_bytes,
+        () if setup.classifier is None else setup.classifier.labels,
+    )
+
+
+def _check_ranks(options: Options) -> None:
+    for what, asked in (
+        ("weights fp8 do not run", options.weights == "fp8"),
+        ("cache fp8 does not run", options.cache == "fp8"),
+        ("classes are not computed", options.classes),
+    ):
+        if asked:
+            raise UsageError(f"{what} over several ranks: start a single process")
+
+
+def _set_up(
+    options: Options, checkpoint: Checkpoint, link: Link | None, progress: Callable[[int, int], None]
+) -> _Setup:
+    """Backend, device, formats and memory. MemoryLimitError where the weights alone do not fit into one process."""
+    config = checkpoint.config
+    sharded = link is not None and link.mesh.tensor > 1
+    only_torch = sharded or bool(options.adapters) or options.classes
+    if only_torch and options.backend == "native":
+        raise UsageError("backend native: adapters, classes and --tensor-parallel need backend torch")
+    backend, device = choose_backend(replace(options, backend="torch") if only_torch else options)
+    together = link.agree if link else _alone
+    adapters, classifier = together(lambda: _additions(options, checkpoint))
+    dtype, weights = choose_formats(options, backend, checkpoint)
+    sharing = stages = 1
+    if link is not None:
+        link.mesh.check(config)
+        stages = link.mesh.pipeline
+        if device == "cuda":
+            device = f"cuda:{link.local_rank}"
+        else:
+            sharing = link.ranks_on_host
+    setup = _Setup(
+        options=options,
+        checkpoint=checkpoint,
+        adapters=adapters,
+        classifier=classifier,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        max_chunk=default_chunk(device, stages) if options.max_batch_tokens is None else options.max_batch_tokens,
+        memory=together(lambda: memory_of(device)) // sharing,
+        tensor_bytes=bytes_in_memory(checkpoint, backend, dtype, weights),
+        element_bytes=cache_element(config, dtype, options.cache),
+        progress=progress,
+    )
+    if link is None and setup.weight_bytes > setup.memory:
+        raise MemoryLimitError(
+            f"{checkpoint.folder}: the weights take {setup.weight_bytes / 2**30:.1f} GiB as {weights}, "
+            f"{setup.memory / 2**30:.1f} GiB are to be had on {device}"
+        )
+    return setup
 
 
 def _additions(options: Options, checkpoint: Checkpoint) -> tuple[list[Adapter], Classifier | None]:
@@ -190,45 +213,56 @@ def _additions(options: Options, checkpoint: Checkpoint) -> tuple[list[Adapter],
         from maestrale.checkpoint.adapter import open_adapter
 
         adapters = [open_adapter(place, checkpoint.config) for place in options.adapters.values()]
-    if options.output == "classes":
+    if options.classes:
         from maestrale.checkpoint.classifier import read_classifier
 
         classifier = read_classifier(checkpoint.folder, checkpoint.config)
     return adapters, classifier
 
 
-def _open_ranks(
-    checkpoint: Checkpoint,
-    link: Link,
-    options: Options,
-    backend: str,
-    device: str,
-    memory: int,
-    dtype: str,
-    weights: str,
-    tensor_bytes: Mapping[str, float],
-    layout_for: Callable[[int], CacheLayout],
-    progress: Callable[[int, int], None],
-    adapters: Sequence[Adapter],
-) -> Runner:
+def _open_alone(setup: _Setup) -> Runner:
+    options, layout = setup.options, setup.layout(cache_budget(setup.memory, setup.weight_bytes))
+    if setup.backend == "native":
+        from maestrale.native_backend.runner import choose_threads
+        from maestrale.native_backend.runner import open_runner as open_native
+
+        kept, threads = kept_as(options, setup.dtype), choose_threads(options.threads)
+        return open_native(setup.checkpoint, layout, kept, setup.weights, threads, setup.progress)
+    from maestrale.torch_backend.runner import open_runner as open_torch
+
+    return open_torch(
+        setup.checkpoint,
+        layout,
+        setup.dtype,
+        setup.device,
+        setup.progress,
+        setup.adapters,
+        head=None if setup.classifier is None else setup.classifier.weight,
+        fp8=setup.weights == "fp8",
+        fp8_cache=options.cache == "fp8",
+    )
+
+
+def _open_ranks(setup: _Setup, link: Link) -> Runner:
     """Returns on rank 0 only."""
     from maestrale.parallel.runner import Stage, open_ranks
 
-    shard = shards(checkpoint.config, link.mesh, tensor_bytes, *link.least([memory]))[link.rank]
-    show = progress if link.rank == 0 else lambda done, total: None
+    checkpoint, options = setup.checkpoint, setup.options
+    shard = shards(checkpoint.config, link.mesh, setup.tensor_bytes, *link.least([setup.memory]))[link.rank]
+    show = setup.progress if link.rank == 0 else lambda done, total: None
 
     def open_stage(layout: CacheLayout) -> Stage:
-        if backend == "native":
+        if setup.backend == "native":
             from maestrale.native_backend.runner import choose_threads
             from maestrale.native_backend.stage import open_stage as open_native
 
-            threads = choose_threads(options.threads, link.ranks_on_host)
-            return open_native(checkpoint, shard, layout, kept_as(options, dtype), weights, threads, show)
+            kept, threads = kept_as(options, setup.dtype), choose_threads(options.threads, link.ranks_on_host)
+            return open_native(checkpoint, shard, layout, kept, setup.weights, threads, show)
         from maestrale.torch_backend.stage import open_stage as open_torch
 
-        return open_torch(checkpoint, shard, layout, dtype, device, link.sum_stage, show, adapters)
+        return open_torch(checkpoint, shard, layout, setup.dtype, setup.device, link.sum_stage, show, setup.adapters)
 
-    runner = open_ranks(shard, link, shard.bytes(tensor_bytes), memory, layout_for, open_stage)
+    runner = open_ranks(shard, link, shard.bytes(setup.tensor_bytes), setup.memory, setup.layout, open_stage)
     atexit.register(runner.close)
     return runner
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from maestrale.batch import Embedding
 from maestrale.choices import Options
 from maestrale.config import ModelConfig
 from maestrale.engine.counters import Counters
@@ -24,6 +27,7 @@ from maestrale.text.tokenizer import Tokenizer
 __all__ = ["LLM", "Completion", "Request"]
 
 Prompt = str | Sequence[int]
+_TELL_EVERY = 0.1  # seconds, of progress
 
 
 class LLM:
@@ -49,7 +53,7 @@ class LLM:
     prefix_cache: keep the pages of what was computed, for prompts that begin alike.
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
     either.
-    output: "logits"; or what Reader, which reads and does not write, asks for: "hidden" or "classes".
+    classes: what Reader asks for: the scores of a folder's classifier in place of logits.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
@@ -78,7 +82,7 @@ class LLM:
         cache: str = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
-        output: str = "logits",
+        classes: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
@@ -99,12 +103,12 @@ class LLM:
             expert_parallel=expert_parallel,
             distributed_timeout=distributed_timeout,
             adapters=adapters or {},
-            output=output,
+            classes=classes,
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
-        self._writes = output == "logits"
-        self._news: dict[Request, deque[Completion]] = {}
+        self._writes = not classes
+        self._news: dict[Request, deque[tuple[Request, Completion]]] = {}  # where whose pieces are put
 
     @property
     def config(self) -> ModelConfig:
@@ -148,7 +152,8 @@ class LLM:
         likewise the name of an adapter.
 
         Returns the completions in the order of the prompts, n for each. RequestError for a request that cannot be
-        served; then none is. `progress` is called with (tokens known to be done, most there can be), prompts included.
+        served; then none is. `progress` is called now and then, and at the end, with (tokens known to be done, most
+        there can be), prompts included.
         """
         requests = self._submit(*_pair(prompts, params), adapter=adapter)
         for _ in self._run(requests, progress):
@@ -252,18 +257,18 @@ class LLM:
     def has_work(self) -> bool:
         return self._engine.has_work
 
-    def embed(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
-        """The mean of the last hidden states of a text, float32 [dim]; before it a None for each chunk but the last,
-        where a server may do something else. RequestError where the text is too long, or the backend cannot do it."""
-        embed = getattr(self._engine.runner, "embed", None)
-        if embed is None:
-            raise RequestError("model: a model over several ranks gives no embeddings", "model")
-        if not 0 < len(ids) <= self.max_len or min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise RequestError(
-                f"input: expected 1 to {self.max_len} token ids from 0 to {self.config.vocab_size - 1}, got {len(ids)}",
-                "input",
-            )
-        return cast(Iterator[NDArray[np.float32] | None], embed(ids))
+    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
+        """The mean of each text's last hidden states, float32 [dim]; before them a None for each chunk, where a server
+        may do something else. RequestError where a text is too long, or the model cannot do it."""
+        runner = self._engine.runner
+        if not isinstance(runner, Embedding):
+            raise RequestError("embeddings are not computed over several ranks: start a single process", "model")
+        for ids in texts:
+            if not 0 < len(ids) <= self.max_len:
+                raise RequestError(f"input: a text of {len(ids)} tokens: expected 1 to {self.max_len}", "input")
+            if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+                raise RequestError(f"input: expected token ids from 0 to {self.config.vocab_size - 1}", "input")
+        return runner.embed(texts)
 
     def _submit(
         self,
@@ -275,7 +280,7 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
         if not self._writes and not keep_logits:
-            raise RequestError("this model was opened to read, and does not write: open it with output='logits'")
+            raise RequestError("this model was opened for its classes, and does not write: open it with classes=False")
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(adapters) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")
@@ -300,21 +305,28 @@ class LLM:
 
         Several of these may run in turns (two streams read alternately): a step's news go to whom they belong.
         """
-        self._news.update((request, deque()) for request in requests)
-        total = sum(request.length_limit for request in requests)
+        news: deque[tuple[Request, Completion]] = deque()
+        self._news.update(dict.fromkeys(requests, news))
+        # Of thousands of requests few run at a time: a step must not look at all of them.
+        unfinished, total, failed, told = deque(requests), sum(r.length_limit for r in requests), -1, -math.inf
         try:
             while True:
-                for request in requests:
-                    while self._news[request]:
-                        yield request, self._news[request].popleft()
-                    if request.error is not None:
-                        raise request.error
-                if all(request.finished for request in requests):
+                while news:
+                    yield news.popleft()
+                if failed != self._engine.failed:
+                    failed = self._engine.failed
+                    if error := next((request.error for request in requests if request.error), None):
+                        raise error
+                while unfinished and unfinished[0].finished:
+                    unfinished.popleft()
+                if not unfinished or time.monotonic() > told + _TELL_EVERY:
+                    progress(sum(request.done for request in requests), total)
+                    told = time.monotonic()
+                if not unfinished:
                     return
                 for request, piece in self._engine.step():
-                    self._news[request].append(piece)
-                progress(sum(request.done for request in requests), total)
-                if not any(self._news[request] for request in requests):
+                    self._news[request].append((request, piece))
+                if not news:
                     yield requests[0], Completion()  # a chunk of a prompt: nothing new, but a moment to stop at
         finally:
             self._abort(requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Reader:
     """
 
     def __init__(self, path: str | Path | None = None, classes: bool = False, **options: Any):
-        self._llm = LLM(path, output="classes" if classes else "hidden", **options)
+        self._llm = LLM(path, classes=classes, **options)
         self.labels = self._llm.labels
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
@@ -33,13 +33,16 @@ class Reader:
         """
         if self.labels:
             raise RequestError("this model was opened for its classes: open it with classes=False", "texts")
-        return [rows_TD.mean(axis=0, dtype=np.float32) for rows_TD in self._rows(texts)]
+        *_, vectors = self._llm.embed(self._ids(texts))
+        return vectors or []
 
     def scores(self, texts: Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
         """Float32 [classes] for each text, from its last token, before any softmax; in the order of `labels`."""
         if not self.labels:
             raise RequestError("this model was opened for embeddings: open it with classes=True", "texts")
-        return [rows_TK[-1] for rows_TK in self._rows(texts)]
+        ids = self._ids(texts)
+        parts = (ids[start : start + _TOGETHER] for start in range(0, len(ids), _TOGETHER))
+        return [rows_TK[-1] for part in parts for rows_TK in self._llm.logits(part)]
 
     def classify(self, texts: Sequence[str | Sequence[int]]) -> list[dict[str, float]]:
         """For each text the probability of each label, the likeliest first."""
@@ -50,7 +53,5 @@ class Reader:
             found.append(dict(sorted(shares, key=lambda share: -share[1])))
         return found
 
-    def _rows(self, texts: Sequence[str | Sequence[int]]) -> Iterator[NDArray[np.float32]]:
-        for start in range(0, len(texts), _TOGETHER):
-            part = texts[start : start + _TOGETHER]
-            yield from self._llm.logits([self._llm.tokenizer.encode(t) if isinstance(t, str) else t for t in part])
+    def _ids(self, texts: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
+        return [self._llm.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]

@@ -11,7 +11,8 @@ from tiny import DENSE, MIXED, MIXTURE, TIED, hf_model, make_folder
 
 from maestrale.batch import visible
 from maestrale.cli import main
-from maestrale.cli.bench import CONTEXT, Stand, prefill_operations, prompt, rates, read_sizes, step_bytes
+from maestrale.cli.bench import CONTEXT, Stand, prompt, rates, read_sizes
+from maestrale.cli.limits import prefill_operations, step_bytes
 from maestrale.errors import UsageError
 
 

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+from dataclasses import replace
 
 import compare_rivals as rivals
 import make_checkpoint
@@ -10,7 +13,7 @@ import protocol
 import pytest
 import report
 from limits import least_seconds
-from tiny import DENSE
+from tiny import DENSE, make_folder
 
 MACHINE = {
     "processor": "a processor",
@@ -109,6 +112,23 @@ def test_the_ratio_is_of_neighbours_and_losses_stand_in_the_table(tmp_path):
     assert "| 13.3 (**0.50**†, 0.50 … 0.60) |" in text
     assert "- S int4 vLLM: it cannot" in text
     assert (tmp_path / "rivals.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_our_own_side_prepares_loads_and_answers(tmp_path):
+    source = make_folder(tmp_path / "source", replace(DENSE, vocab_size=protocol.VOCABULARY))
+    worker = [sys.executable, str(rivals.RIVALS_FOLDER / "maestrale_worker.py")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([*worker, "prepare", source, tmp_path / "int8", "int8"], check=True, env=environment)
+    asked = [
+        {"do": "load", "model": str(tmp_path / "int8"), "weights": "int8", "threads": 1, "sequences": 2, "length": 200},
+        {"do": "prefill", "tokens": 40, "seed": 0},
+        {"do": "decode", "sequences": 2, "steps": 3},
+    ]
+    lines = "".join(json.dumps(line) + "\n" for line in asked)
+    done = subprocess.run(worker, input=lines, capture_output=True, text=True, check=True, env=environment)
+    loaded, *answers = map(json.loads, done.stdout.splitlines())
+    assert loaded["version"] == "maestrale"
+    assert [answer["seconds"] > 0 for answer in answers] == [True, True]
 
 
 def test_the_least_time_is_of_reading_or_of_multiplying_whichever_is_longer():

@@ -143,6 +143,12 @@ def test_a_damaged_vocabulary_is_refused(model, refused, cut):
         from_file(path.read_bytes()[:cut], path)
 
 
+def test_a_vocabulary_whose_scores_are_no_floats_is_refused(tmp_path, refused):
+    piece = bytes([0x0A, 1, ord("a"), 0x10, 5])  # field 1: "a"; field 2, the score, as a varint
+    with refused(CheckpointError, 3, tmp_path / "tokenizer.model", "damaged"):
+        from_file(bytes([0x0A, len(piece)]) + piece, tmp_path / "tokenizer.model")
+
+
 def asked(path, prompts, count):
     """Ids of each prompt and the `count` likeliest tokens after it, by llama.cpp."""
     script = """

@@ -49,13 +49,12 @@ def stopped_file(target, stop):
         raise stop
 
 
-@pytest.mark.parametrize("write", [stopped_folder, stopped_file])
+@pytest.mark.parametrize(("write", "target"), [(stopped_folder, "deep/out"), (stopped_file, "out")])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, RuntimeError])
-def test_fault_32_whatever_ends_the_block_leaves_nothing(tmp_path, write, stop):
+def test_fault_32_whatever_ends_the_block_leaves_nothing(tmp_path, write, target, stop):
     with pytest.raises(stop):
-        write(tmp_path / "deep" / "out", stop)
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
-    assert not (tmp_path / "deep" / "out.partial").exists()
+        write(tmp_path / target, stop)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_fault_33_leftovers_of_a_killed_run_are_cleaned_by_the_next(tmp_path):
@@ -108,6 +107,9 @@ def test_force_replaces_no_file_and_no_folder_of_folders(tmp_path, refused):
         pass
     with refused(UsageError, 2, "file", "--force"), atomic_file(tmp_path / "file", force=False):
         pass
+    with refused(UsageError, 2, "slip/x.json", "there is no folder", "make it"), atomic_file(tmp_path / "slip/x.json"):
+        pass
+    assert not (tmp_path / "slip").exists()
 
 
 def test_fault_35_the_second_writer_of_a_target_is_refused_and_the_first_is_unharmed(tmp_path, refused):

@@ -119,6 +119,7 @@ def test_set_alone_shows_the_settings_and_none_takes_one_away(command, models):
         ("/retry", ["/retry", "no reply"]),
         ("/experts", ["/experts", "mixture"]),
         ("/save", ["/save", "file"]),
+        ("/save /no/such/file.json", ["/no/such/file.json", "no folder"]),
         ("/load", ["/load", "file"]),
         ("/load /no/such/file.json", ["/no/such/file.json", "No such file"]),
     ],

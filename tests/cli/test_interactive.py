@@ -37,6 +37,14 @@ def test_a_line_is_added_to_the_text_a_word_apart(command, models, references):
     assert run.out == "".join(f"{said}\n" for said in out)
 
 
+def test_without_a_model_it_is_the_bundled_one_wherever_it_is_called(command, monkeypatch, tmp_path):
+    (tmp_path / "stories").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = command("interactive", stdin="/show\n")
+    assert (run.code, run.err) == (0, "")
+    assert run.out.startswith("model    stories: 6 layers")
+
+
 def test_clear_starts_anew_and_quit_leaves(command, models, references):
     run = command("interactive", models["dense"], "--max-tokens", 4, *GREEDY, stdin="A\n/clear\nA\n/quit\nB\n")
     first = greedy_text(references["dense"], "A", 4)

@@ -82,6 +82,21 @@ def test_a_continuation_is_what_the_whole_text_adds_to_the_prompts(name, ours, t
 
 
 @pytest.mark.parametrize("name", list(SIZES))
+def test_a_copy_of_a_decoder_goes_on_as_the_decoder_does(name, ours):
+    tokenizer = ours(name)
+
+    @settings(max_examples=200, deadline=None)
+    @given(ids_below(SIZES[name]), ids_below(SIZES[name]), ids_below(SIZES[name]))
+    def check(before, ids, others):
+        decoder = tokenizer.stream(after=before)
+        copy = decoder.copy()
+        streamed(copy, others)
+        assert streamed(decoder.copy(), ids) == streamed(decoder, ids)
+
+    check()
+
+
+@pytest.mark.parametrize("name", list(SIZES))
 def test_a_continuation_keeps_its_first_space_and_a_fresh_text_has_none(name, ours):
     tokenizer = ours(name)
     hello, both = tokenizer.encode("Hello"), tokenizer.encode("Hello world")

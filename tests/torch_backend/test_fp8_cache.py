@@ -26,7 +26,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 def test_keys_and_values_are_rounded_to_nearest_and_end_at_448():
     config = ModelConfig(32, 1, 16, 8, 2, 2, 8, 1e-5, 1e4, (None,))
-    layout, (batch,) = read_alone([3] * 40, config.windows, 64)
+    layout, (batch,) = read_alone([[3] * 40], config.windows, 64)
     cache = PagedCache(config, layout, torch.float32, torch.device("cpu"), reference.attend, fp8=True)
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 40, 2, 16, generator=generator) * 10.0 ** torch.arange(-4, 4).repeat(5)[:, None, None]
@@ -48,7 +48,7 @@ def test_a_step_reads_what_was_kept(config, kernel):
     def attend(q, k, v, groups):
         return kernel(q, *(torch.from_numpy(rounded(x.numpy())).to(q.dtype) for x in (k, v)), groups)
 
-    layout, batches = read_alone(tokens(30), config.windows, 16)
+    layout, batches = read_alone([tokens(30)], config.windows, 16)
     kept = TorchRunner(model, layout, kernel, fp8_cache=True)
     expected = TorchRunner(model, layout, attend)
     for pools in (kept.cache.pools, expected.cache.pools):
@@ -60,7 +60,7 @@ def test_a_step_reads_what_was_kept(config, kernel):
 
 def test_pages_are_copied_as_they_are():
     config = ModelConfig(32, 1, 16, 8, 2, 2, 8, 1e-5, 1e4, (None,))
-    layout, _ = read_alone([3] * 64, config.windows, 64)
+    layout, _ = read_alone([[3] * 64], config.windows, 64)
     cache = PagedCache(config, layout, torch.float32, torch.device("cpu"), reference.attend, fp8=True)
     cache.pools[0].copy_(torch.randn(cache.pools[0].shape))
     before = cache.pools[0].float().unflatten(2, (-1, 16))

@@ -18,7 +18,7 @@ from maestrale.checkpoint.gguf_room import GgufFile
 from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.packed_room import is_linear
 from maestrale.checkpoint.place import Part, Place, QuantizedPlace, expert_of
-from maestrale.config import ModelConfig
+from maestrale.config import DEFAULT_CONTEXT, ModelConfig
 from maestrale.errors import CheckpointError, ConfigError
 from maestrale.plan import TensorPlan, explain_axis, tensor_plan
 
@@ -101,7 +101,7 @@ def _decimal(value: Any) -> Any:
 def config_values(config: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_config`: header values without their prefix; of a window, the one that all layers have."""
     values = {
-        "context_length": config.max_position_embeddings or 32768,
+        "context_length": config.max_position_embeddings or DEFAULT_CONTEXT,
         "embedding_length": config.dim,
         "block_count": config.n_layers,
         "feed_forward_length": config.hidden_dim,

@@ -29,16 +29,16 @@ _MAX_VALUES, _MAX_TENSORS, _MAX_ITEMS = 1 << 16, 1 << 20, 1 << 20  # real files 
 _MAX_STRING = 1 << 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GgufFile(TensorFile):
     """values: what the header says, by key. types, shapes: of each tensor, the shape outermost first.
 
     A tensor in blocks is an entry of U8 [..., inputs / block size, bytes of a block].
     """
 
-    values: Mapping[str, Any] = None  # type: ignore[assignment]
-    types: Mapping[str, str] = None  # type: ignore[assignment]
-    shapes: Mapping[str, tuple[int, ...]] = None  # type: ignore[assignment]
+    values: Mapping[str, Any]
+    types: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def open_gguf(path: str | Path) -> GgufFile:
@@ -80,7 +80,7 @@ def open_gguf(path: str | Path) -> GgufFile:
             raise CheckpointError(f"{path}: truncated: tensor {name!r} ends at byte {last:,}, the file has {size:,}")
         entries[name], types[name], shapes[name] = Entry(dtype, stored, first, last), kind, shape
         reached, before = last, repr(name)
-    return GgufFile(mapped, entries, {}, values, types, shapes)
+    return GgufFile(mapped, entries, values=values, types=types, shapes=shapes)
 
 
 def _value(cursor: _Cursor, what: str) -> Any:

@@ -121,6 +121,7 @@ def from_file(content: bytes, path: Path) -> SentencePieces:
         pieces = [dict(_fields(value)) for number, value in fields if number == 1]
         trainer, normalizer = ({k: v for n, value in fields if n == i for k, v in _fields(value)} for i in (2, 3))
         tokens = [piece[1] for piece in pieces]
+        scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
     except (IndexError, KeyError, TypeError, struct.error):
         raise CheckpointError(f"{path}: damaged, or no SentencePiece model: copy the file again") from None
     if trainer.get(3, 1) != _BPE or normalizer.get(2) or normalizer.get(4, 1):
@@ -128,7 +129,6 @@ def from_file(content: bytes, path: Path) -> SentencePieces:
             f"{path}: a GGUF file has words only for SentencePiece models of pairs (BPE) that rewrite no characters "
             "and remove no spaces"
         )
-    scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
     types = [piece.get(3, _NORMAL) for piece in pieces]
     ids = (trainer.get(41, 1), trainer.get(42, 2), trainer.get(40, 0))
     return SentencePieces(tokens, scores, types, *ids, bool(normalizer.get(3, 1)))

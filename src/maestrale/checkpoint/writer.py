@@ -28,7 +28,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def atomic_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
-    """Gives an empty folder `<target>.partial`, which becomes `target` when the block ends well.
+    """Gives an empty folder `<target>.partial`, which becomes `target` when the block ends well, folders above it made.
 
     UsageError: `target` holds something and `force` is not set, or another process is writing there. DiskError: the
     file system refuses. Whatever ends the block (KeyboardInterrupt and SystemExit too) removes the partial folder.
@@ -80,15 +80,19 @@ def atomic_folder(target: str | Path, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: str | Path, force: bool = True) -> Iterator[Path]:
-    """Gives the path `<target>.partial`, an empty file, which replaces `target` when the block ends well."""
+    """Gives the path `<target>.partial`, an empty file, which replaces `target` when the block ends well.
+
+    Errors as `atomic_folder`'s; UsageError too where the file's folder is not there: a slip in a name makes no folder.
+    """
     target = Path(os.path.realpath(target))
     partial = _sibling(target, ".partial")
     if target.is_dir():
         raise UsageError(f"{target}: is a folder; expected a file to write")
     if target.exists() and not force:
         raise UsageError(f"{target}: exists already; --force replaces it")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target}: there is no folder {target.parent}: make it, or name another file")
     with _disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(partial, target)
     try:
         with _disk_errors(target):

@@ -38,7 +38,7 @@ VERBS = {  # where the function of each is
 }
 _ABOUT = """Run and train Mistral and Mixtral models.
 
-Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 disk, 130 Ctrl-C."""
+Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 disk, 6 a rank lost, 130 Ctrl-C."""
 
 
 def main() -> None:

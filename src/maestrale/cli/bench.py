@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from maestrale.cli import options as opt
 from maestrale.cli.declare import Option
+from maestrale.cli.limits import machine_limits, prefill_operations, step_bytes
 from maestrale.errors import UsageError
 from maestrale.memory import peak_memory
 
 if TYPE_CHECKING:
-    import torch
-
-    from maestrale.config import ModelConfig
     from maestrale.launch import Launched
 
 CONTEXT = 128  # tokens of each sequence before its decoding is measured
@@ -228,30 +226,6 @@ def rates(values: Sequence[float]) -> dict[str, float]:
     return {"tokens_per_second": median(values), "lowest": min(values), "highest": max(values)}
 
 
-def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The best of several runs: bytes read a second from 512 MiB of memory, and operations a second of a matrix
-    product in `dtype` (a multiplication and an addition are two)."""
-    import torch
-
-    def best(run: Callable[[], torch.Tensor], work: float) -> float:
-        def seconds() -> float:
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return time.perf_counter() - start
-
-        return work / min(seconds() for _ in range(8))
-
-    memory = torch.ones(1 << 27, device=device)
-    extent = 2048 if device.type == "cpu" else 8192
-    matrix = torch.ones(extent, extent, dtype=dtype, device=device)
-    return {
-        "read_bytes_per_second": best(memory.sum, memory.nbytes),
-        "matmul_operations_per_second": best(lambda: matrix @ matrix.T, 2 * extent**3),
-    }
-
-
 def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) -> dict[str, dict[str, Any]]:
     """`facts` of pre-fill and decoding with the work of each and its share of the limit that binds it."""
     config, element_bytes = launched.config, launched.element_bytes
@@ -266,40 +240,6 @@ def shares(launched: Launched, facts: dict[str, Any], limits: dict[str, float]) 
         rate = found["tokens_per_second"] / int(size) * read
         decode[size] = {**found, "bytes_per_step": read, "share_of_limit": rate / limits["read_bytes_per_second"]}
     return {"prefill": facts["prefill"] | prefill, "decode": decode}
-
-
-def prefill_operations(config: ModelConfig, length: int) -> int:
-    """Additions and multiplications of a prompt: two for each weight a token meets, the output layer once, and two
-    products for each visible pair of query and key."""
-    from maestrale.plan import count_parameters
-
-    _, active = count_parameters(config)
-    tables = config.vocab_size * config.dim
-    weights = 2 * length * (active - tables * (1 if config.tied_embeddings else 2)) + 2 * tables
-    pairs = sum(sum(min(i + 1, window or length) for i in range(length)) for window in config.sliding_window)
-    return weights + 4 * pairs * config.n_heads * config.head_dim
-
-
-def step_bytes(
-    config: ModelConfig, size: int, length: int, element_bytes: float, tensor_bytes: Mapping[str, float] | None = None
-) -> int:
-    """Bytes that a decode step of `size` sequences of `length` tokens must read: weights and cache.
-
-    element_bytes: of the cache, and of the weights where `tensor_bytes` does not say what each takes.
-    Of a mixture's E experts, those that an even router would choose for so many tokens: E * (1 - (1 - K / E)^size).
-    """
-    from maestrale.plan import cache_bytes, tensor_plan
-
-    weights = 0.0
-    sizes = tensor_bytes or {name: tensor.size * element_bytes for name, tensor in tensor_plan(config).items()}
-    for name, size_of in sizes.items():
-        if name == "tok_embeddings.weight" and (not config.tied_embeddings or "output.weight" in sizes):
-            continue  # a row for each sequence: nothing
-        chosen = 1.0
-        if config.moe and ".experts." in name:
-            chosen -= (1 - config.moe.num_experts_per_tok / config.moe.num_experts) ** size
-        weights += chosen * size_of
-    return round(weights) + size * cache_bytes(config, length, element_bytes)
 
 
 def _show(facts: dict[str, Any]) -> None:

@@ -103,18 +103,17 @@ def _fix(file: Path, target: Path, task: str, tokenizer: Any, force: bool) -> di
     """Writes the mended copy; lines kept as they were, mended, and left out."""
     from maestrale.checkpoint.writer import atomic_file
     from maestrale.errors import RequestError
-    from maestrale.text.samples import Row, read_labelled, read_pair, read_rows, read_sample
+    from maestrale.text.samples import READERS, Row, read_rows
 
     if target.suffix != ".jsonl" or target.resolve() == file.resolve():
         raise UsageError(f"--fix {target}: expected another file, one that ends in .jsonl")
-    make: Any = {"lm": read_sample, "dpo": read_pair, "classify": read_labelled}[task]
     kept = mended = dropped = 0
     with atomic_file(target, force) as partial, open(partial, "w", encoding="utf-8") as out:
         for row in read_rows(file):
             for value in [row.value] if row.cause else [row.value, mend(row.value)]:
                 try:
                     if not row.cause:
-                        make(Row(row.line, value), tokenizer)
+                        READERS[task](Row(row.line, value), tokenizer)
                         break
                 except RequestError:
                     continue

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from maestrale.cli import options as opt
-from maestrale.cli.choices import KEYS, Segment, accuracy, read_questions, segments
+from maestrale.cli.choices import KEYS, Question, Segment, accuracy, read_questions, segments
 from maestrale.cli.declare import Argument, Option
+from maestrale.config import MAX_SIZE
 from maestrale.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from maestrale.llm import LLM
 
-_LONGEST = (1 << 31) - 1  # positions that the engine counts to
 _MOST_NATS = 700  # whose perplexity is still a float
 
 
@@ -60,50 +60,61 @@ def evaluate(
 
     Questions stand in a .jsonl or .parquet file, one a line: {"query": "…", "choices": ["…", "…"], "gold": 0}.
     """
-    if choices:
-        names = keys.split(",")
-        if len(names) != 3 or documents or stride is not None:
-            raise UsageError("--choices: expected three --keys, parted by commas, and neither --documents nor --stride")
-        questions, texts = read_questions(file, names), []
-    else:
-        content = opt.read_text(file)
-        texts = [text for text in (content.split("\n\n\n") if documents else [content]) if text]
-        if not texts:
-            raise UsageError(f"{file}: holds no text")
+    if choices and (documents or stride is not None):
+        raise UsageError("--choices: expected neither --documents nor --stride")
+    questions = _questions(file, keys) if choices else []
+    texts = [] if choices else _texts(file, documents)
     if stride is not None and stride < 1:
         raise UsageError(f"--stride {stride}: expected a whole number of at least 1")
     if max_len is None and _has_window_everywhere(model, running.ignore_unexpected):
-        max_len = _LONGEST
+        max_len = MAX_SIZE
     llm = running.open(model, max_len=max_len, max_batch_tokens=max_batch_tokens, prefix_cache=False)
     if llm.max_len < 2:
         raise UsageError(f"--max-len {llm.max_len}: at least 2 tokens are needed to score one")
     if stride is not None and stride >= llm.max_len:
         raise UsageError(f"--stride {stride}: expected less than the {llm.max_len} tokens read in one go")
-    start = time.perf_counter()
     if choices:
-        right = accuracy(questions, read(llm, segments(llm, file, questions, delimiter)))
-        if as_json:
-            print(json.dumps(right))
-        else:
-            print(
-                f"{right['questions']:,} questions: " + ", ".join(_share(right, name) for name in ("acc", "acc_norm"))
-            )
-        return
-    parts = [
-        part for text in texts for part in cut(llm.tokenizer.encode(text), llm.max_len, stride or llm.max_len // 2)
-    ]
-    logprobs = score(llm, parts)
+        facts = accuracy(questions, read(llm, segments(llm, file, questions, delimiter)))
+    else:
+        facts = _perplexity(llm, file, texts, stride or llm.max_len // 2)
+    print(json.dumps(facts) if as_json else (_told_choices if choices else _told)(facts))
+
+
+def _questions(file: Path, keys: str) -> list[Question]:
+    names = keys.split(",")
+    if len(names) != 3:
+        raise UsageError(f"--keys {keys}: expected three names, parted by commas")
+    return read_questions(file, names)
+
+
+def _texts(file: Path, documents: bool) -> list[str]:
+    content = opt.read_text(file)
+    texts = [text for text in (content.split("\n\n\n") if documents else [content]) if text]
+    if not texts:
+        raise UsageError(f"{file}: holds no text")
+    return texts
+
+
+def _perplexity(llm: LLM, file: Path, texts: list[str], stride: int) -> dict[str, Any]:
+    """What `--json` prints. Bytes are those of the texts; each text's begin-of-text token is given, not scored."""
+    start = time.perf_counter()
+    logprobs = score(llm, [part for text in texts for part in cut(llm.tokenizer.encode(text), llm.max_len, stride)])
     if not logprobs:
         raise UsageError(f"{file}: holds no token to score")
-    facts = _facts(logprobs, sum(len(text.encode()) for text in texts), time.perf_counter() - start)
-    if as_json:
-        print(json.dumps(facts))
-    else:
-        print(
-            f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes: {facts['nats_per_token']:.4f} nats per token, "
-            f"perplexity {facts['perplexity']:.4f}, {facts['bits_per_byte']:.4f} bits per byte "
-            f"({facts['seconds']:.1f} s, {facts['tokens_per_second']:,.0f} tokens/s)"
-        )
+    seconds, n_bytes = time.perf_counter() - start, sum(len(text.encode()) for text in texts)
+    nats = -math.fsum(logprobs)
+    mean = nats / len(logprobs)
+    if mean > _MOST_NATS:
+        raise CheckpointError(f"{mean} nats per token: the model or its weights are damaged; inspect --check-tensors")
+    return {
+        "tokens": len(logprobs),
+        "bytes": n_bytes,
+        "nats_per_token": mean,
+        "perplexity": math.exp(mean),
+        "bits_per_byte": nats / math.log(2) / n_bytes,
+        "seconds": seconds,
+        "tokens_per_second": len(logprobs) / seconds,
+    }
 
 
 def cut(ids: list[int], max_len: int, stride: int) -> Iterator[Segment]:
@@ -137,6 +148,19 @@ def read(llm: LLM, parts: list[Segment]) -> list[list[float]]:
     ]
 
 
+def _told(facts: dict[str, Any]) -> str:
+    return (
+        f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes: {facts['nats_per_token']:.4f} nats per token, "
+        f"perplexity {facts['perplexity']:.4f}, {facts['bits_per_byte']:.4f} bits per byte "
+        f"({facts['seconds']:.1f} s, {facts['tokens_per_second']:,.0f} tokens/s)"
+    )
+
+
+def _told_choices(facts: dict[str, Any]) -> str:
+    shares = ", ".join(_share(facts, name) for name in ("acc", "acc_norm"))
+    return f"{facts['questions']:,} questions: {shares}"
+
+
 def _share(facts: dict[str, Any], name: str) -> str:
     error = facts[f"{name}_stderr"]
     return f"{name} {facts[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
@@ -150,20 +174,3 @@ def _has_window_everywhere(model: Path | None, ignore_unexpected: bool) -> bool:
         warnings.simplefilter("ignore")  # opening the model warns
         with open_checkpoint(model_folder(model), ignore_unexpected) as checkpoint:
             return all(checkpoint.config.sliding_window)
-
-
-def _facts(logprobs: list[float], n_bytes: int, seconds: float) -> dict[str, Any]:
-    """What `--json` prints. Bytes are those of the texts; each text's begin-of-text token is given, not scored."""
-    nats = -math.fsum(logprobs)
-    mean = nats / len(logprobs)
-    if mean > _MOST_NATS:
-        raise CheckpointError(f"{mean} nats per token: the model or its weights are damaged; inspect --check-tensors")
-    return {
-        "tokens": len(logprobs),
-        "bytes": n_bytes,
-        "nats_per_token": mean,
-        "perplexity": math.exp(mean),
-        "bits_per_byte": nats / math.log(2) / n_bytes,
-        "seconds": seconds,
-        "tokens_per_second": len(logprobs) / seconds,
-    }

@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from maestrale.cli import options as opt
 from maestrale.cli.declare import Option
+from maestrale.config import DEFAULT_CONTEXT, MAX_SIZE, ModelConfig
 from maestrale.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from maestrale.checkpoint.reader import Checkpoint
-    from maestrale.config import ModelConfig
 
-_LONGEST = (1 << 31) - 1  # positions that the engine counts to
-_CONTEXT = 32768  # where neither --length nor the folder says
 _LAYOUTS = {
     "packed": "packed (params.json, packed.safetensors)",
     "mistral": "native (params.json)",
@@ -32,7 +30,7 @@ def inspect(
     path: opt.Model = None,
     length: Annotated[
         int | None,
-        Option(help="Tokens of a sequence; without it the model's context, or 32768."),
+        Option(help=f"Tokens of a sequence; without it the model's context, or {DEFAULT_CONTEXT}."),
     ] = None,
     batch: Annotated[int, Option(help="Sequences at once.")] = 1,
     dtype: Annotated[str, Option(help="To run in: float32, bfloat16, float16 or auto (as stored).")] = "auto",
@@ -60,8 +58,8 @@ def inspect(
 
     planned = None if devices is None else read_devices(devices, device_bandwidth, link)
     for name, value in (("length", length), ("batch", batch)):
-        if value is not None and not 0 < value <= _LONGEST:
-            raise UsageError(f"--{name} {value}: expected a whole number from 1 to {_LONGEST}")
+        if value is not None and not 0 < value <= MAX_SIZE:
+            raise UsageError(f"--{name} {value}: expected a whole number from 1 to {MAX_SIZE}")
     with open_checkpoint(model_folder(path), ignore_unexpected) as checkpoint:
         facts = describe(checkpoint, length, batch, read_dtype(dtype, checkpoint.dtype), cache)
         if planned is not None:
@@ -94,10 +92,10 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str,
     total, active = count_parameters(config)
     weight_bytes, memory = total * element_bytes, available_memory()
     budget = cache_budget(memory, weight_bytes)
-    length = length or config.max_position_embeddings or _CONTEXT
+    length = length or config.max_position_embeddings or DEFAULT_CONTEXT
     unwindowed = replace(config, sliding_window=(None,) * config.n_layers)
     kept = cache_element(config, dtype, cache)
-    longest = longest_context(config, _LONGEST, batch, kept, budget)
+    longest = longest_context(config, MAX_SIZE, batch, kept, budget)
     return {
         "path": str(checkpoint.folder),
         "layout": checkpoint.layout,
@@ -116,7 +114,7 @@ def describe(checkpoint: Checkpoint, length: int | None, batch: int, dtype: str,
             "batch": batch,
             "bytes": batch * cache_bytes(config, length, kept),
             "bytes_without_windows": batch * cache_bytes(unwindowed, length, kept),
-            "longest_context": None if longest == _LONGEST else longest,
+            "longest_context": None if longest == MAX_SIZE else longest,
         },
         "kernels": kernels_here(),
         "memory": {"available": memory, "cache_budget": budget, "fits": weight_bytes <= memory and length <= longest},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from maestrale.cli import options as opt
@@ -27,5 +26,7 @@ def interactive(
     Each line is added to the text, and the model goes on from there; an empty line lets it go on. /? lists the
     commands.
     """
-    talker = opt.talker(path) if instruct else path or Path("stories")
-    converse(talker, "chat" if instruct else "text", None, False, max_tokens, sampling, model, adapter)
+    from maestrale.launch import model_folder
+
+    folder = opt.talker(path) if instruct else model_folder(path)
+    converse(folder, "chat" if instruct else "text", None, False, max_tokens, sampling, model, adapter)

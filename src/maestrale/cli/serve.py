@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ import click
 from maestrale.cli import options as opt
 from maestrale.cli.declare import Option
 from maestrale.errors import UsageError
+from maestrale.serve.settings import Settings
 
 _SERVER, _LIMITS = "Server", "Limits"
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # click's types, as TOML has them
@@ -18,6 +20,38 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {  # click's types, as TOML ha
     "float": ((int, float), "a number"),
     "boolean": ((bool,), "true or false"),
 }
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Fields of `Settings`, under their names."""
+
+    max_queue: Annotated[int, Option(help="Requests that may wait; more are told to try later.", group=_LIMITS)] = (
+        Settings.max_queue
+    )
+    request_timeout: Annotated[float, Option(help="Seconds until a request's last token.", group=_LIMITS)] = (
+        Settings.request_timeout
+    )
+    drain: Annotated[float, Option(help="Seconds for open requests to end after SIGTERM.", group=_LIMITS)] = (
+        Settings.drain
+    )
+    header_timeout: Annotated[float, Option(help="Seconds for a request's head to arrive.", group=_LIMITS)] = (
+        Settings.header_timeout
+    )
+    body_timeout: Annotated[float, Option(help="Seconds for a request's body to arrive.", group=_LIMITS)] = (
+        Settings.body_timeout
+    )
+    write_timeout: Annotated[float, Option(help="Seconds a client may leave an answer unread.", group=_LIMITS)] = (
+        Settings.write_timeout
+    )
+    ping: Annotated[
+        float, Option(help="Seconds of silence after which a stream says that it lives.", group=_LIMITS)
+    ] = Settings.ping
+    stream_interval: Annotated[
+        float,
+        Option(help="Least seconds between two events of a stream, of one of many five times that.", group=_LIMITS),
+    ] = Settings.stream_interval
+    max_body: Annotated[int, Option(help="Bytes of a request's body.", group=_LIMITS)] = Settings.max_body
 
 
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
@@ -45,8 +79,8 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 
 def serve(
     path: opt.Model = None,
-    host: Annotated[str, Option(help="Address to listen on.", group=_SERVER)] = "127.0.0.1",
-    port: Annotated[int, Option(help="Port; 0 takes a free one.", group=_SERVER)] = 8000,
+    host: Annotated[str, Option(help="Address to listen on.", group=_SERVER)] = Settings.host,
+    port: Annotated[int, Option(help="Port; 0 takes a free one.", group=_SERVER)] = Settings.port,
     name: Annotated[
         str | None,
         Option(help="The model's name in requests; else its folder's.", group=_SERVER),
@@ -77,21 +111,7 @@ def serve(
             group=_SERVER,
         ),
     ] = None,
-    max_queue: Annotated[int, Option(help="Requests that may wait; more are told to try later.", group=_LIMITS)] = 256,
     max_sequences: Annotated[int, Option(help="Sequences that run at once.", group=_LIMITS)] = 64,
-    request_timeout: Annotated[float, Option(help="Seconds until a request's last token.", group=_LIMITS)] = 600.0,
-    drain: Annotated[float, Option(help="Seconds for open requests to end after SIGTERM.", group=_LIMITS)] = 30.0,
-    header_timeout: Annotated[float, Option(help="Seconds for a request's head to arrive.", group=_LIMITS)] = 10.0,
-    body_timeout: Annotated[float, Option(help="Seconds for a request's body to arrive.", group=_LIMITS)] = 30.0,
-    write_timeout: Annotated[float, Option(help="Seconds a client may leave an answer unread.", group=_LIMITS)] = 60.0,
-    ping: Annotated[
-        float, Option(help="Seconds of silence after which a stream says that it lives.", group=_LIMITS)
-    ] = 10.0,
-    stream_interval: Annotated[
-        float,
-        Option(help="Least seconds between two events of a stream, of one of many five times that.", group=_LIMITS),
-    ] = 0.02,
-    max_body: Annotated[int, Option(help="Bytes of a request's body.", group=_LIMITS)] = 16 << 20,
     adapter: Annotated[
         list[str] | None,
         Option(
@@ -100,6 +120,7 @@ def serve(
         ),
     ] = None,
     *,
+    limits: _Limits,
     model: opt.Writing,
 ) -> None:
     """Serve a model to OpenAI's, Mistral's and other clients.
@@ -109,7 +130,6 @@ def serve(
     """
     try:
         from maestrale.serve.run import serve as run
-        from maestrale.serve.settings import Settings
     except ImportError as error:
         raise UsageError(f"{error.name} is not installed: run  pip install 'maestrale[serve]'") from None
 
@@ -124,22 +144,10 @@ def serve(
         api_keys=tuple(keys),
         allowed_hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
-        max_queue=max_queue,
-        request_timeout=request_timeout,
-        drain=drain,
-        header_timeout=header_timeout,
-        body_timeout=body_timeout,
-        write_timeout=write_timeout,
-        ping=ping,
-        stream_interval=stream_interval,
-        max_body=max_body,
         log_json=log_json,
+        **vars(limits),
     )
-    code = run(
-        settings,
-        lambda: model.open(talker, adapters=adapters, max_sequences=max_sequences),
-    )
-    if code:
+    if code := run(settings, lambda: model.open(talker, adapters=adapters, max_sequences=max_sequences)):
         raise click.exceptions.Exit(code)
 
 

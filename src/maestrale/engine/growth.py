@@ -22,10 +22,14 @@ class Growth:
         self._vocab_size, self._tokenizer = vocab_size, tokenizer
         self.eos_ids = () if tokenizer is None else (tokenizer.eos_id,)
 
-    def prepare(self, sequence: Sequence) -> None:
+    def prepare(self, sequence: Sequence, twin: Sequence | None = None) -> None:
+        """twin: one with the same past, whose decoder has read the prompt and nothing else."""
         request = sequence.request
         if self._tokenizer is not None and request.params.beam_width == 1:
-            sequence.decoder = self._tokenizer.stream(after=request.text_before)
+            if twin is not None and twin.decoder is not None:
+                sequence.decoder = twin.decoder.copy()
+            else:
+                sequence.decoder = self._tokenizer.stream(after=request.text_before)
             if isinstance(request.params.constraint, Constraint):
                 sequence.matcher = self._tokenizer.grammars.matcher(
                     request.params.constraint, sequence.decoder.drops_space
@@ -136,7 +140,7 @@ class Growth:
         twin.computed, twin.keys = sequence.computed, list(sequence.keys)
         if sequence.table is not None:
             twin.table = self._pages.fork(sequence.table)
-        self.prepare(twin)
+        self.prepare(twin, sequence)
         sequence.request.sequences.append(twin)
         return twin
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from maestrale.batch import CacheLayout
-from maestrale.config import ModelConfig
+from maestrale.config import DEFAULT_CONTEXT, MAX_SIZE, ModelConfig
 from maestrale.errors import MemoryLimitError, UsageError
 
 PAGE_SIZE = 16  # tokens; a page's fill is wasted half on average, a table is walked by page
-DEFAULT_CONTEXT = 32_768  # where a model's folder does not say; the length Mistral 7B was trained to use
 
 
 def make_layout(
@@ -30,8 +29,8 @@ def make_layout(
     `max_len` fits, naming the length that does.
     """
     for name, value in (("max_len", max_len), ("max_batch_tokens", max_chunk), ("max_sequences", max_sequences)):
-        if value is not None and not 0 < value < 1 << 31:
-            raise UsageError(f"{name} = {value}: expected a whole number from 1 to {(1 << 31) - 1}")
+        if value is not None and not 0 < value <= MAX_SIZE:
+            raise UsageError(f"{name} = {value}: expected a whole number from 1 to {MAX_SIZE}")
     wanted = max_len or config.max_position_embeddings or DEFAULT_CONTEXT
 
     def size(length: int) -> int:

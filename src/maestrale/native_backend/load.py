@@ -17,7 +17,6 @@ from maestrale.config import ModelConfig
 from maestrale.errors import ConfigError
 from maestrale.native_backend import kernels
 
-FORMATS = ("f32", "bf16", "int8", "int4")
 MAX_HEAD_DIM = 1024  # kMaxHead in csrc/attention.h
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
+from maestrale.config import ModelConfig
 from maestrale.errors import MemoryLimitError, UsageError
 from maestrale.memory import keep_rows
 from maestrale.native_backend.embed import embed
@@ -27,25 +28,33 @@ class NativeRunner:
     below the head."""
 
     def __init__(self, model: Any, layout: CacheLayout, body: Body):
-        self.model, self._layout, self._body, self._config = model, layout, body, body.config
+        self.model, self._layout, self._body = model, layout, body
 
     @property
     def layout(self) -> CacheLayout:
         return self._layout
 
     def step(self, batch: Batch) -> StepOutput:
-        moe, experts = self._config.moe if batch.experts else None, None
-        with memory_errors():
-            logits = np.empty((len(batch.logit_rows), self._config.vocab_size), np.float32)
-            if moe is not None:
-                experts = np.empty((self._config.n_layers, len(batch.token_ids), moe.num_experts_per_tok), np.int16)
-            self.model.step(*batch.arrays, logits=logits, chosen=experts)
-        return StepOutput(logits, None if experts is None else experts[:, batch.logit_rows].swapaxes(0, 1))
+        return StepOutput(*compute(self.model, self._body.config, batch))
 
-    def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
-        """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
+    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
+        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
         with memory_errors():
-            yield from embed(self._body, token_ids, self._layout.max_chunk)
+            yield from embed(self._body, texts, self._layout.max_chunk)
+
+
+def compute(
+    model: Any, config: ModelConfig, batch: Batch, hidden_TD: NDArray[np.float32] | None = None, last: bool = True
+) -> tuple[NDArray[np.float32], NDArray[np.int16] | None]:
+    """(logits [N, V], or of layers that are not the `last` hidden rows [T, dim]; the experts [N, layers, K] of the
+    wanted rows, where they are asked for). config: of `model`'s layers. hidden_TD: what those before them gave."""
+    moe, T, N = config.moe if batch.experts else None, len(batch.token_ids), len(batch.logit_rows)
+    with memory_errors():
+        out = np.empty((N, config.vocab_size) if last else (T, config.dim), np.float32)
+        chosen = None if moe is None else np.empty((config.n_layers, T, moe.num_experts_per_tok), np.int16)
+        outputs = {"logits": out} if last else {"hidden_out": out}
+        model.step(*batch.arrays, hidden_in=hidden_TD, chosen=chosen, **outputs)
+    return out, None if chosen is None else chosen[:, batch.logit_rows].swapaxes(0, 1)
 
 
 @contextmanager

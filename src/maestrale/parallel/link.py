@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from maestrale.errors import DistributedError
+from maestrale.errors import DistributedError, first_line
 from maestrale.mesh import Mesh
 from maestrale.parallel.connections import Connections
 from maestrale.parallel.launcher import end_with_launcher, own_address, ranks_on_this_host, set_rendezvous, world
@@ -159,7 +159,7 @@ class Link:
         except (RuntimeError, OSError) as error:
             self._lost, words = True, str(error)
             cause = "does not answer" if "imed out" in words or "imeout" in words else "has gone"
-            detail = words.splitlines()[0].split("] ", 1)[-1].split(". ")[0][:200]  # without a source file's path
+            detail = first_line(error).split("] ", 1)[-1].split(". ")[0][:200]  # without a source file's path
             raise DistributedError(f"rank {self.rank} on {self.host}: {peer} {cause} ({detail})") from None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maestrale.errors import RequestError
+from maestrale.errors import RequestError, first_line
 
 MAX_LENGTH = 100_000  # characters of a schema, regex or grammar: compiling takes up to a second for so many
 KINDS = ("json_object", "json_schema", "regex", "grammar")
@@ -65,13 +65,10 @@ def _schema(words: Any, param: str) -> str:
         try:
             words = json.loads(words)
         except (ValueError, RecursionError) as error:
-            raise RequestError(
-                f"{param}: json_schema: expected JSON: {str(error) or type(error).__name__}", param
-            ) from None
+            raise RequestError(f"{param}: json_schema: expected JSON: {first_line(error)}", param) from None
     if not isinstance(words, (Mapping, bool)):
         raise RequestError(f"{param}: json_schema = {reprlib.repr(words)}: expected an object", param)
     try:
         return json.dumps(words, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise RequestError(f"{param}: json_schema: expected JSON: {reason}", param) from None
+        raise RequestError(f"{param}: json_schema: expected JSON: {first_line(error)}", param) from None

@@ -38,11 +38,10 @@ async def _embed(context: Context, body: EmbeddingsRequest) -> Response:
         )
     except RequestError as error:
         raise bad_request(str(error), "input") from None
-    works = [context.llm.embed(ids) for ids in encoded]  # all are checked before the first is begun
     seconds = context.settings.request_timeout
     try:
         async with asyncio.timeout(seconds):
-            vectors = [await context.service.chore(work) for work in works]
+            vectors = await context.service.chore(context.llm.embed(encoded))
     except TimeoutError:
         raise ApiError(408, f"not done within {seconds:g} s: the request was cancelled") from None
     written = [_base64(v) if body.encoding_format == "base64" else v.tolist() for v in vectors]

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from maestrale.sampling.params import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams, limits
 from maestrale.serve.problems import bad_request
+from maestrale.text.chat import ROLES
 
 MAX_PROMPTS = 1024  # in one request, each of the n counted
 _WHOLE_CONTEXT = 2**31 - 1
@@ -24,32 +25,19 @@ def _object(**properties: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
-_ROLES = ["system", "developer", "user", "assistant", "tool"]
-_TEXT_PARTS = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}}}
+_STRING = {"type": "string"}
+_PARTS = {"type": "array", "items": _object(type={"const": "text"}, text=_STRING)}
 # What a message is, read_messages (text/chat.py) says; this is its description.
-Message = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "type": "object",
-            "required": ["role", "content"],
-            "properties": {
-                "role": {"enum": _ROLES},
-                "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PARTS}]},
-            },
-        }
-    ),
-]
+Message = Annotated[Any, WithJsonSchema(_object(role={"enum": list(ROLES)}, content={"anyOf": [_STRING, _PARTS]}))]
 # Likewise the parts of a chat that text/tools.py and serve/tools.py read.
-Tool = Annotated[Any, WithJsonSchema(_object(type={"const": "function"}, function=_object(name={"type": "string"})))]
-_CHOICES = {"enum": ["auto", "none", "required", None]}
-_NAMED = _object(type={"const": "function"}, function=_object(name={"type": "string"}))
-ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [_CHOICES, _NAMED]})]
+_FUNCTION = _object(type={"const": "function"}, function=_object(name=_STRING))
+Tool = Annotated[Any, WithJsonSchema(_FUNCTION)]
+ToolChoice = Annotated[Any, WithJsonSchema({"anyOf": [{"enum": ["auto", "none", "required", None]}, _FUNCTION]})]
 _FORMATS = [
     *({"type": "null"}, _object(type={"enum": ["text", "json_object"]})),
     _object(type={"const": "json_schema"}, json_schema=_object(schema={"type": "object"})),
-    _object(type={"const": "regex"}, regex={"type": "string"}),
-    _object(type={"const": "grammar"}, grammar={"type": "string"}),
+    _object(type={"const": "regex"}, regex=_STRING),
+    _object(type={"const": "grammar"}, grammar=_STRING),
 ]
 ResponseFormat = Annotated[Any, WithJsonSchema({"anyOf": _FORMATS})]
 

@@ -18,7 +18,8 @@ class Settings:
     allowed_hosts: names that a Host header may bear; empty is loopback's names on loopback, and all elsewhere.
     cors_origins: origins whose pages may call. max_queue: requests that may wait. max_unread: pieces of an answer
     that may wait for a slow reader. request_timeout: from the request's acceptance to its last token.
-    header_timeout, body_timeout: for a request to arrive. drain: for open requests to end after SIGTERM.
+    header_timeout, body_timeout: for a request to arrive. write_timeout: that an answer may lie unread. max_body,
+    max_header: of a request. drain: for open requests to end after SIGTERM.
     ping: silence after which a stream says that it lives. stream_interval: between two events of one stream, and
     up to five times that where many are open.
     """

@@ -8,14 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from maestrale.llm import Completion
-from maestrale.sampling.constraint import Constraint, read_constraint
+from maestrale.sampling.constraint import KINDS, Constraint, read_constraint
 from maestrale.sampling.params import SamplingParams
 from maestrale.serve.problems import bad_request
 from maestrale.serve.protocol import ChatRequest
 from maestrale.text.tokenizer import Tokenizer
 from maestrale.text.tools import CallReader, ToolCall
-
-_FORMATS = ("text", "json_object", "json_schema", "regex", "grammar")
 
 
 def prepare(tokenizer: Tokenizer, body: ChatRequest) -> tuple[list[int], SamplingParams]:
@@ -42,9 +40,9 @@ def read_format(response_format: Any) -> Constraint | None:
     if response_format is None:
         return None
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if kind not in _FORMATS:
+    if kind not in ("text", *KINDS):
         shown = reprlib.repr(response_format)
-        raise bad_request(f"{name} = {shown}: expected an object of type {', '.join(_FORMATS)}", name)
+        raise bad_request(f"{name} = {shown}: expected an object of type text, {', '.join(KINDS)}", name)
     if kind == "text":
         return None
     if kind == "json_object":

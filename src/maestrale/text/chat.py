@@ -12,7 +12,7 @@ from maestrale.errors import RequestError
 from maestrale.text.tools import short_id
 from maestrale.text.vocabulary import require_text
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 _MOST_WEIGHT = 100
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 
@@ -103,8 +103,8 @@ def _turn(where: str, message: Any, calls: dict[str, Call]) -> Turn:
     if not isinstance(message, Mapping):
         raise _wrong(where, f"expected an object, got {type(message).__name__}")
     role = message.get("role")
-    if role not in _ROLES:
-        raise _wrong(where, f"role = {role!r}: expected one of {', '.join(_ROLES)}")
+    if role not in ROLES:
+        raise _wrong(where, f"role = {role!r}: expected one of {', '.join(ROLES)}")
     content = message.get("content")
     if content is None and role in ("assistant", "tool"):
         content = ""

@@ -12,11 +12,10 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from maestrale.errors import CheckpointError
-from maestrale.text.vocabulary import Pieces, Vocabulary, require_size
+from maestrale.errors import CheckpointError, first_line
+from maestrale.text.vocabulary import V2_CONTROLS, V7_CONTROLS, V11_CONTROLS, Pieces, Vocabulary, require_size
 
-_SYSTEM = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
-_ADDED_CONTROLS = {"v11": _SYSTEM | {"[ARGS]", "[CALL_ID]"}, "v7": _SYSTEM, "v3": set()}
+_CONTROLS = {"v11": V11_CONTROLS, "v7": V7_CONTROLS, "v3": V2_CONTROLS}  # the newest first
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -38,7 +37,7 @@ def read_hf(path: Path, content: bytes, vocab_size: int) -> Vocabulary:
     try:
         model = Tokenizer.from_str(content.decode())
     except Exception as error:  # the library raises bare exceptions
-        raise CheckpointError(f"{path}: damaged, or no tokenizer.json: {_line(error)}") from None
+        raise CheckpointError(f"{path}: damaged, or no tokenizer.json: {first_line(error)}") from None
     model.no_truncation()
     model.no_padding()
     model.encode_special_tokens = True  # "[INST]" in a text is text
@@ -72,24 +71,17 @@ def read_hf(path: Path, content: bytes, vocab_size: int) -> Vocabulary:
 
 def _chat_version(controls: Set[str]) -> str | None:
     """The newest form whose control tokens are there; v13 has those of v11, and says so nowhere."""
-    for version, added in _ADDED_CONTROLS.items():
-        if controls >= {"[INST]", "[/INST]"} | added:
-            return version
-    return None
+    return next((version for version, needed in _CONTROLS.items() if controls >= needed), None)
 
 
 def _json(path: Path, content: bytes) -> dict[str, Any]:
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {_line(error)}") from None
+        raise CheckpointError(f"{path}: not JSON: {first_line(error)}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _begin_and_end(path: Path) -> list[str]:

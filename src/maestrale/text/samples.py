@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.checkpoint.jsonfile import parse_json
-from maestrale.errors import CheckpointError, DataError, RequestError, UsageError
+from maestrale.errors import CheckpointError, DataError, RequestError, UsageError, first_line
 from maestrale.text.tokenizer import Tokenizer
 from maestrale.text.vocabulary import require_text
 
-TASKS = ("lm", "dpo", "classify")
 _MAX_LINE = 100_000_000  # bytes
 
 
@@ -94,7 +93,6 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def read_samples(path: str | Path, tokenizer: Tokenizer, task: str) -> tuple[list[Any], list[Fault]]:
     """(Samples, Pairs or Labelled, as the task asks; lines that cannot be used, with the cause of each)."""
-    make: Callable[[Row, Tokenizer], Any] = {"lm": read_sample, "dpo": read_pair, "classify": read_labelled}[task]
     samples: list[Any] = []
     faults: list[Fault] = []
     for row in read_rows(Path(path)):
@@ -102,7 +100,7 @@ def read_samples(path: str | Path, tokenizer: Tokenizer, task: str) -> tuple[lis
             faults.append(Fault(row.line, row.cause))
             continue
         try:
-            samples.append(make(row, tokenizer))
+            samples.append(READERS[task](row, tokenizer))
         except RequestError as error:
             faults.append(Fault(row.line, str(error)))
     return samples, faults
@@ -166,6 +164,10 @@ def read_labelled(row: Row, tokenizer: Tokenizer) -> Labelled:
     return Labelled(row.line, np.array(ids, np.int32), str(label))
 
 
+READERS: dict[str, Callable[[Row, Tokenizer], Any]] = {"lm": read_sample, "dpo": read_pair, "classify": read_labelled}
+TASKS = tuple(READERS)
+
+
 def _answered(line: int, prompt: Any, answer: Any, tools: Any, name: str, tokenizer: Tokenizer) -> Sample:
     """A prompt with one answer to it: texts are a user's message and the assistant's, lists are messages."""
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -216,4 +218,4 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     number += 1
                     yield Row(number, {key: field for key, field in value.items() if field is not None})
     except (OSError, ArrowException) as error:
-        raise UsageError(f"{path}: cannot read the data: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path}: cannot read the data: {first_line(error)}") from None

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from maestrale.errors import CheckpointError
-from maestrale.text.vocabulary import Pieces, Vocabulary
+from maestrale.text.vocabulary import V7_CONTROLS, Pieces, Vocabulary
 
 _SPACE = "\u2581"  # how a piece spells a space
-_V7_CONTROLS = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
 
 
 def read_sentencepiece(path: Path, content: bytes) -> Vocabulary:
@@ -54,7 +53,7 @@ def _version(path: Path, controls: Set[str]) -> str:
     So only a name that ends in .v2 makes v2: the tokenizer.model and tokenizer.model.v3 of 7B v0.3 are, byte for
     byte, the file that mistral-common calls v2.
     """
-    held = "v7" if controls >= _V7_CONTROLS else "v3" if "[INST]" in controls else "v1"
+    held = "v7" if controls >= V7_CONTROLS else "v3" if "[INST]" in controls else "v1"
     named = re.fullmatch(r"\.(v\d+)(m\d+)?", path.suffix)
     claimed = named[1] if named else held
     if claimed == held or (claimed == "v2" and held == "v3"):

@@ -22,6 +22,13 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(pieces.errors)
         self._at_beginning = True
 
+    def copy(self) -> StreamDecoder:
+        """One that goes on from here by itself."""
+        twin = StreamDecoder(self._pieces)
+        twin._utf8.setstate(self._utf8.getstate())
+        twin._at_beginning = self._at_beginning
+        return twin
+
     @property
     def drops_space(self) -> bool:
         """Whether a space that the next token begins with would not be shown."""

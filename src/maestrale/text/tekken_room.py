@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from maestrale.errors import CheckpointError, RequestError
+from maestrale.errors import CheckpointError, RequestError, first_line
 from maestrale.text.vocabulary import Pieces, Vocabulary
 
 # The control tokens of the first tekken files, which do not list them.
@@ -48,8 +48,8 @@ def read_tekken(path: Path, content: bytes) -> Vocabulary:
         )
         bos_id, eos_id = controls["<s>"], controls["</s>"]
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: damaged, or no tekken file: {reason or type(error).__name__}") from None
+        reason = f"no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise CheckpointError(f"{path}: damaged, or no tekken file: {reason}") from None
 
     def encode_text(text: str) -> list[int]:
         if _BLANK.search(text):

@@ -7,24 +7,22 @@ its sampling fields are narrower than ours and never set. It is imported at the 
 from __future__ import annotations
 
 import copy
+from collections.abc import Set
 from typing import Any
 
-from maestrale.errors import RequestError, UsageError
+from maestrale.errors import RequestError, UsageError, first_line
 from maestrale.text.chat import Turn
 from maestrale.text.tools import TOOL_CONTROLS, require_tools
-from maestrale.text.vocabulary import Vocabulary
+from maestrale.text.vocabulary import V2_CONTROLS, V7_CONTROLS, V11_CONTROLS, Vocabulary
 
-_INST = {"[INST]", "[/INST]"}
-_SYSTEM = {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
-_ARGUMENTS = {"[ARGS]", "[CALL_ID]"}
 # Version → mistral-common's class that merges messages, and the control tokens without which there is no chat.
-_VERSIONS: dict[str | None, tuple[str, set[str]]] = {
+_VERSIONS: dict[str | None, tuple[str, Set[str]]] = {
     "v1": ("InstructRequestNormalizer", set()),
-    "v2": ("InstructRequestNormalizer", _INST),
-    "v3": ("InstructRequestNormalizer", _INST),
-    "v7": ("InstructRequestNormalizerV7", _INST | _SYSTEM),
-    "v11": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
-    "v13": ("InstructRequestNormalizerV13", _INST | _SYSTEM | _ARGUMENTS),
+    "v2": ("InstructRequestNormalizer", V2_CONTROLS),
+    "v3": ("InstructRequestNormalizer", V2_CONTROLS),
+    "v7": ("InstructRequestNormalizerV7", V7_CONTROLS),
+    "v11": ("InstructRequestNormalizerV13", V11_CONTROLS),
+    "v13": ("InstructRequestNormalizerV13", V11_CONTROLS),
 }
 
 
@@ -109,7 +107,7 @@ class ChatTemplate:
             merged = self._normalizer.from_chat_completion_request(request)
             ids: list[int] = template.encode_instruct(merged).tokens
         except (MistralCommonException, ValueError, RecursionError) as error:
-            raise RequestError(f"messages: {str(error).partition(chr(10))[0]}", param="messages") from None
+            raise RequestError(f"messages: {first_line(error)}", param="messages") from None
         return ids
 
     def _messages(self, turns: list[Turn]) -> list[Any]:

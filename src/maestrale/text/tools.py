@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -252,17 +252,6 @@ class _ObjectEnd:
                 if self._depth == 0:
                     return i + 1
         return None
-
-
-def join_calls(pieces: Iterable[ToolCall]) -> list[ToolCall]:
-    """The whole calls of an answer, from their pieces in order."""
-    calls: list[ToolCall] = []
-    for piece in pieces:
-        if piece.index == len(calls):
-            calls.append(piece)
-        else:
-            calls[piece.index] = replace(calls[piece.index], arguments=calls[piece.index].arguments + piece.arguments)
-    return calls
 
 
 def short_id(text: str) -> str:

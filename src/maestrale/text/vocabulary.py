@@ -8,6 +8,11 @@ from pathlib import Path
 
 from maestrale.errors import CheckpointError, RequestError
 
+# The control tokens of a chat in the files of v2 and v3; of v7; of v11 and v13.
+V2_CONTROLS = frozenset({"[INST]", "[/INST]"})
+V7_CONTROLS = V2_CONTROLS | {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"}
+V11_CONTROLS = V7_CONTROLS | {"[ARGS]", "[CALL_ID]"}
+
 
 @dataclass(frozen=True)
 class Pieces:

@@ -114,18 +114,6 @@ def to_adapter(
     return Adapter({name: layer.delta(whole) for name, layer in lora_layers(model).items()}, "this run")
 
 
-def load_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Puts layers with an adapter's weights into a model that has none."""
-    for name, delta in adapter.deltas.items():
-        layer = LoraLinear(model.get_submodule(name), delta.rank, delta.scale, delta.magnitude is not None)
-        with torch.no_grad():
-            layer.lora_A.weight.copy_(torch.from_numpy(delta.a))
-            layer.lora_B.weight.copy_(torch.from_numpy(delta.b))
-            if layer.magnitude is not None and delta.magnitude is not None:
-                layer.magnitude.copy_(torch.from_numpy(delta.magnitude))
-        model.set_submodule(name, layer)
-
-
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """The base model as it was, at no cost of memory."""

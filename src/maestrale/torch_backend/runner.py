@@ -15,7 +15,7 @@ from maestrale.batch import Batch, CacheLayout, Runner, StepOutput
 from maestrale.checkpoint.adapter import Adapter
 from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.reader import Checkpoint
-from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.errors import MemoryLimitError, UsageError, first_line
 from maestrale.memory import keep_freed_memory
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
@@ -63,10 +63,10 @@ class TorchRunner:
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
             return answer(logits_NV, batch.draws, watch.experts(rows_N) if watch else None)
 
-    def embed(self, token_ids: Sequence[int]) -> Iterator[NDArray[np.float32] | None]:
-        """The mean of a text's last hidden states, float32 [dim], after a None for each chunk but the last."""
+    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
+        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
         with memory_errors():
-            yield from embed(self.model, token_ids, self.cache.kernel, self.layout.max_chunk, self._begin)
+            yield from embed(self.model, texts, self.cache.kernel, self.layout.max_chunk, self._begin)
 
     def _begin(self, batch: Batch) -> None:
         """Before the model runs: whose rows are whose."""
@@ -83,7 +83,7 @@ def memory_errors() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
         raise MemoryLimitError(
-            f"out of memory: {str(error).splitlines()[0]}; lower max_len, max_batch_tokens or max_sequences"
+            f"out of memory: {first_line(error)}; lower max_len, max_batch_tokens or max_sequences"
         ) from None
 
 
@@ -95,16 +95,14 @@ def open_runner(
     progress: Callable[[int, int], None],
     adapters: Sequence[Adapter] = (),
     *,
-    hidden: bool = False,
     head: NDArray[np.float32] | None = None,
     fp8: bool = False,
     fp8_cache: bool = False,
 ) -> Runner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
 
-    hidden: give what the output layer would read [N, dim] in place of logits. head: another output layer [n, dim].
-    fp8: round the linear layers' weights to it. UsageError where the device or the model has no kernels for that.
-    fp8_cache: keep keys and values in it.
+    head: another output layer [n, dim]. fp8: round the linear layers' weights to it. UsageError where the device has no
+    kernels for that. fp8_cache: keep keys and values in it.
     """
     place, kernels = torch.device(device), choose_kernels(torch.device(device))
     if fp8 and kernels != "triton":
@@ -122,9 +120,7 @@ def open_runner(
         from maestrale.torch_backend.triton.packed import round_linears
 
         round_linears(model)
-    if hidden:
-        model.output = nn.Identity()  # type: ignore[assignment]
-    elif head is not None:
+    if head is not None:
         model.output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
         model.output.weight = nn.Parameter(torch.from_numpy(head).to(model.norm.weight), requires_grad=False)
     if kernels == "triton":

@@ -1,1 +1,1 @@
-"""Training a small model from scratch on a CPU: text files in, a native model folder out."""
+"""Training, from scratch or from a model: text or samples in, a native model folder or an adapter out."""

@@ -170,7 +170,7 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
             own, _ = pack_samples(require_samples(settings.own, tokenizer, settings.task), settings.seq_len)
         objective = language(packed, own, settings.own_share)
         chats = any(sample.whole for sample in train)
-        return _Data(objective, test, len(train), too_long.cut, len(too_long.left_out), chats)
+        return _Data(objective, test, len(train), too_long.cut, too_long.left_out, chats)
     kept = [sample for sample in train if _length(sample) <= settings.seq_len]
     test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
     if not kept:

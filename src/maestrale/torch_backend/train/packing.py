@@ -58,10 +58,10 @@ def pack(documents: Iterable[Sequence[int]], seq_len: int) -> Packed:
 
 @dataclass(frozen=True)
 class TooLong:
-    """Samples over the length: texts were cut into pieces that fit, chats were left out."""
+    """How many samples were over the length: texts were cut into pieces that fit, chats were left out."""
 
     cut: int
-    left_out: list[int]  # their lines
+    left_out: int
 
 
 def pack_samples(samples: Sequence[Sample], seq_len: int) -> tuple[Packed, TooLong]:
@@ -71,7 +71,7 @@ def pack_samples(samples: Sequence[Sample], seq_len: int) -> tuple[Packed, TooLo
     it is learnt.
     """
     long = [sample for sample in samples if len(sample.ids) > seq_len]
-    left_out = [sample.line for sample in long if sample.whole]
+    left_out = sum(sample.whole for sample in long)
     pieces = [piece for sample in samples for piece in _pieces(sample, seq_len)]
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))  # stable: equal lengths keep their order
     bins: list[list[int]] = []
@@ -96,7 +96,7 @@ def pack_samples(samples: Sequence[Sample], seq_len: int) -> tuple[Packed, TooLo
             tokens[place], documents[place], weights[place] = ids, number, next_weights
             labels[place] = np.where(next_weights > 0, next_ids, IGNORED)
             start += len(ids)
-    return Packed(tokens, labels, documents, weights), TooLong(len(long) - len(left_out), left_out)
+    return Packed(tokens, labels, documents, weights), TooLong(len(long) - left_out, left_out)
 
 
 def _pieces(sample: Sample, seq_len: int) -> Iterator[tuple[NDArray, NDArray, NDArray]]:

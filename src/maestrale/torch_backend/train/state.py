@@ -20,7 +20,7 @@ from torch import nn
 
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.writer import atomic_file, require_space, write_safetensors
-from maestrale.errors import CheckpointError, UsageError
+from maestrale.errors import CheckpointError, UsageError, first_line
 from maestrale.torch_backend.train.parallel import Ranks
 from maestrale.torch_backend.train.settings import LoopSettings
 
@@ -103,7 +103,7 @@ class States:
         try:
             checkpoint.load(_tensors(model, optimizer), checkpoint_id=parts)
         except (OSError, RuntimeError, ValueError, checkpoint.CheckpointException) as error:
-            raise CheckpointError(f"{parts}: damaged: {str(error).splitlines()[0]}; --force begins again") from None
+            raise CheckpointError(f"{parts}: damaged: {first_line(error)}; --force begins again") from None
         return progress
 
     def save_best(self, model: nn.Module) -> None:

@@ -8,13 +8,16 @@ in the order of their experts (N5).
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
 from maestrale.torch_backend.triton.dot import dot
+
+if TYPE_CHECKING:
+    from maestrale.torch_backend.triton.packed_experts import PackedStack
 
 ROUTED = 256  # tokens that one program routes; more are routed by the same formula in torch
 
@@ -173,14 +176,6 @@ def group_many(scores_TE: torch.Tensor, n_chosen: int) -> Grouped:
     tokens.scatter_(0, places_TK.flatten(), tokens_TK.flatten())
     weights.scatter_(0, places_TK.flatten(), weight_TE.gather(1, experts_TK).flatten())
     return tokens.int(), weights, places_TK.int(), counts_E.int()
-
-
-class PackedStack(Protocol):
-    """Experts' weights that stay packed (packed_experts.py); rows: pairs that an expert may well have."""
-
-    def up(self, x_TD: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, rows: int) -> torch.Tensor: ...
-
-    def down(self, h: torch.Tensor, weights: torch.Tensor, counts: torch.Tensor, rows: int) -> torch.Tensor: ...
 
 
 def experts(

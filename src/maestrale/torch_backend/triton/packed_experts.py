@@ -71,7 +71,7 @@ class PackedStack:
         self._parts = (data, scales, scales if offsets is None else offsets, *each, *self._first.extents)
 
     def up(self, x_TD: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, rows: int) -> torch.Tensor:
-        """silu(x w1^T) * (x w3^T) of each pair."""
+        """silu(x w1^T) * (x w3^T) of each pair. rows: pairs that an expert may well have."""
         F, D, E, rows = self._first.out_features, self._first.in_features, self._count // 2, min(rows, _ROWS)
         h = x_TD.new_empty(len(tokens), F)
         grid = (triton.cdiv(F, _OUT), n_tiles(len(tokens), E, rows))

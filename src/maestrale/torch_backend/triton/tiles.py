@@ -50,5 +50,8 @@ def deal(starts: NDArray[np.int64], n_heads: int, n_kv_heads: int, device: torch
         ],
         np.int64,
     ).reshape(-1, 3)
-    as_tensor = lambda tiles: torch.from_numpy(tiles.astype(np.int32)).to(device)  # noqa: E731
-    return Tiles(as_tensor(chunks), as_tensor(decodes), queries, n_splits(len(alone), n_kv_heads))
+
+    def put(tiles: NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(tiles.astype(np.int32)).to(device)
+
+    return Tiles(put(chunks), put(decodes), queries, n_splits(len(alone), n_kv_heads))
