@@ -1,5 +1,6 @@
-"""Ranks as their launchers start them."""
+"""Ranks as their launchers start them, and processes that need not import torch first."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,6 +12,10 @@ from pathlib import Path
 import psutil
 
 SOURCE = str(Path(__file__).parents[2] / "src")
+WARM = multiprocessing.get_context("forkserver")  # processes forked from one that has imported these
+WARM.set_forkserver_preload(
+    ["maestrale.llm", "maestrale.parallel.runner", "maestrale.native_backend.stage", "maestrale.torch_backend.stage"]
+)
 PLAIN = {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}  # torchrun's own warnings are not ours
 
 
