@@ -12,6 +12,8 @@ import time
 from importlib import import_module
 from pathlib import Path
 
+from parallel.start import say_into
+
 from maestrale import LLM, SamplingParams
 from maestrale.errors import DistributedError
 from maestrale.parallel import runner
@@ -59,9 +61,7 @@ def main(how: str, backend: str, split: str, folder: Path) -> None:
 def rank(environment: dict[str, str], said: Path, how: str, backend: str, split: str, folder: Path) -> None:
     """environment: what a launcher would tell it. said: the file that gets what it writes."""
     os.environ.update(environment)
-    with open(said, "wb") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
+    say_into(said)
     begun = time.monotonic()
     try:
         main(how, backend, split, folder)

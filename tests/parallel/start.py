@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from maestrale.cli import main
+
 SOURCE = str(Path(__file__).parents[2] / "src")
 WARM = multiprocessing.get_context("forkserver")  # processes forked from one that has imported these
 WARM.set_forkserver_preload(
@@ -44,6 +46,21 @@ def start(command: list[object], environment: dict[str, str]) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def say_into(file: Path) -> None:
+    """From here on, what this process writes goes there."""
+    with open(file, "wb") as opened:
+        for stream in (1, 2):
+            os.dup2(opened.fileno(), stream)
+
+
+def rank_of_command(environment: dict[str, str], said: Path, arguments: Sequence[object]) -> None:
+    """For WARM: `maestrale ARGUMENTS` as one of several ranks."""
+    os.environ.update(environment)
+    say_into(said)
+    sys.argv = ["maestrale", *map(str, arguments)]
+    main()
 
 
 def run(
