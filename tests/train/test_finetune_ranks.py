@@ -46,10 +46,10 @@ for values, port in json.loads(sys.argv[1]):
     calls.clear()
     try:
         finetune(FinetuneSettings(**values | {"targets": tuple(values["targets"])}), resume)
-        ends.append(0)
+        ends.append(0 if os.path.exists(values["out"]) else "before it was written")
     except SystemExit as left:
         ends.append(left.code)
-print("ends", ends)
+sys.stdout.write(f"ends {ends}\\n")  # in one piece
 """
 CASES = {
     "full-mixture": ("full", MIXTURE, False),
