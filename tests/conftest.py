@@ -23,10 +23,10 @@ settings.register_profile(
 settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-SLOW = ("parallel", "train", "gpu", "serve", "deploy")  # folders, the slowest first
+SLOW = ("parallel", "train", "serve", "gpu", "deploy", "native_backend", "torch_backend", "conformance", "tests")
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long go first, so that of several processes none is left with one at the end."""
+    """Folders whose files take long go first, so that of several processes none is left with such a file at the end."""
     folders = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: folders.get(Path(item.path).parent.name, len(SLOW)))
