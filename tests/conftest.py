@@ -2,8 +2,11 @@
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one such process for each core
+    os.environ.setdefault("MAESTRALE_THREADS", "1")
 
 from hypothesis import HealthCheck, settings
 
@@ -19,3 +22,11 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+SLOW = ("parallel", "train", "serve", "gpu", "deploy", "native_backend", "torch_backend", "conformance", "tests")
+
+
+def pytest_collection_modifyitems(items):
+    """Folders whose files take long go first, so that of several processes none is left with such a file at the end."""
+    folders = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: folders.get(Path(item.path).parent.name, len(SLOW)))

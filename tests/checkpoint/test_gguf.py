@@ -245,10 +245,10 @@ KEY = header(3, b"key")
 def test_faults_23_24_a_damaged_header_is_refused_at_once(tmp_path, refused, content, words):
     path = tmp_path / "x.gguf"
     path.write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     with refused(CheckpointError, 3, path, *words):
         open_gguf(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("alignment", [0, 4, 33, 1 << 21])

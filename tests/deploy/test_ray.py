@@ -15,6 +15,7 @@ from tiny import make_folder, write_tekken
 ROOM = os.environ.get("MAESTRALE_CLIENTS")
 PYTHON = Path(ROOM or "/nowhere") / "ray" / "bin" / "python"
 SOURCE = Path(__file__).parents[2] / "src"
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
-"""One of two ranks: `failing.py HOW BACKEND SPLIT FOLDER`. Rank 1 does its part badly; every rank prints how it
-ended, and leaves. SPLIT: num_pipeline_ranks or tensor_parallel.
+"""One of two ranks, in a process of its own. Rank 1 does its part badly; every rank writes how it ended, and leaves.
 
-HOW: killed_loading, killed_idle, killed_prefill, killed_decode, hangs, bad_file (FOLDER/bad is rank 1's), raises.
+how: killed_loading, killed_idle, killed_prefill, killed_decode, hangs, bad_file (folder/bad is rank 1's), raises.
+split: num_pipeline_ranks or tensor_parallel.
 """
 
 import os
@@ -11,6 +11,8 @@ import threading
 import time
 from importlib import import_module
 from pathlib import Path
+
+from parallel.start import say_into
 
 from maestrale import LLM, SamplingParams
 from maestrale.errors import DistributedError
@@ -56,10 +58,13 @@ def main(how: str, backend: str, split: str, folder: Path) -> None:
     llm.generate([[1, 5, 9]], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
 
 
-if __name__ == "__main__":
+def rank(environment: dict[str, str], said: Path, how: str, backend: str, split: str, folder: Path) -> None:
+    """environment: what a launcher would tell it. said: the file that gets what it writes."""
+    os.environ.update(environment)
+    say_into(said)
     begun = time.monotonic()
     try:
-        main(*sys.argv[1:4], Path(sys.argv[4]))
+        main(how, backend, split, folder)
     except DistributedError as error:
         print(
             f"rank {world()[0]} ended after {time.monotonic() - begun:.0f} s, code {error.exit_code}: {error}",

@@ -1,5 +1,6 @@
-"""Ranks as their launchers start them."""
+"""Ranks as their launchers start them, and processes that need not import torch first."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import psutil
 
+from maestrale.cli import main
+
 SOURCE = str(Path(__file__).parents[2] / "src")
+WARM = multiprocessing.get_context("forkserver")  # processes forked from one that has imported these
+WARM.set_forkserver_preload(
+    ["maestrale.llm", "maestrale.parallel.runner", "maestrale.native_backend.stage", "maestrale.torch_backend.stage"]
+)
 PLAIN = {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""}  # torchrun's own warnings are not ours
 
 
@@ -39,6 +46,21 @@ def start(command: list[object], environment: dict[str, str]) -> subprocess.Pope
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def say_into(file: Path) -> None:
+    """From here on, what this process writes goes there."""
+    with open(file, "wb") as opened:
+        for stream in (1, 2):
+            os.dup2(opened.fileno(), stream)
+
+
+def rank_of_command(environment: dict[str, str], said: Path, arguments: Sequence[object]) -> None:
+    """For WARM: `maestrale ARGUMENTS` as one of several ranks."""
+    os.environ.update(environment)
+    say_into(said)
+    sys.argv = ["maestrale", *map(str, arguments)]
+    main()
 
 
 def run(

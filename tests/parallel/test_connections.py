@@ -80,6 +80,7 @@ def test_a_message_goes_where_it_should_lie_if_it_is_as_long_as_expected():
             b.receive(0, memoryview(room))
 
 
+@pytest.mark.alone
 def test_a_peer_that_is_gone_is_told_of_at_once_and_what_it_had_sent_still_comes():
     with ranks(2) as (a, b), ThreadPoolExecutor(1) as pool:
         a.send(1, memoryview(b"last words"))
@@ -94,6 +95,7 @@ def test_a_peer_that_is_gone_is_told_of_at_once_and_what_it_had_sent_still_comes
         leaving.result(10)
 
 
+@pytest.mark.alone
 def test_a_silent_peer_is_waited_for_as_long_as_it_was_said_and_no_longer():
     with ranks(2, timeout=0.5) as (a, b):
         begun = time.monotonic()
@@ -104,6 +106,7 @@ def test_a_silent_peer_is_waited_for_as_long_as_it_was_said_and_no_longer():
         assert bytes(b.receive(0)) == b"late"
 
 
+@pytest.mark.alone
 def test_who_says_that_it_lives_is_not_given_up():
     with ranks(2, timeout=1.0) as (a, b):
 
@@ -117,6 +120,7 @@ def test_who_says_that_it_lives_is_not_given_up():
         assert bytes(b.receive(0)) == b"done"
 
 
+@pytest.mark.alone
 def test_a_peer_that_takes_nothing_is_told_of_when_more_is_sent():
     with ranks(2, timeout=0.5) as (a, b):
         a.send(1, message(LARGE, 0))

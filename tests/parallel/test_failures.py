@@ -3,13 +3,12 @@
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
-from parallel.start import free_port, rank_environment, start
+from parallel import failing
+from parallel.start import WARM, free_port, rank_environment
 from tiny import DENSE, make_folder
 
-SCRIPT = Path(__file__).parent / "failing.py"
 ENDS = {  # how rank 1 fails → what rank 0 must say of it
     "killed_loading": "has gone",
     "killed_idle": "rank 1 has gone",
@@ -34,21 +33,31 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("how", ENDS)
 @pytest.mark.parametrize(("backend", "split"), DIVISIONS, ids=["native-stages", "torch-stages", "torch-shards"])
-def test_a_rank_that_fails_ends_the_job_by_name(backend, split, how, folder):
+def test_a_rank_that_fails_ends_the_job_by_name(backend, split, how, folder, tmp_path):
     (folder / "idle").unlink(missing_ok=True)
     begun, port = time.monotonic(), free_port()
-    ranks = [start([SCRIPT, how, backend, split, folder], rank_environment(rank, 2, port)) for rank in (0, 1)]
+    said = [tmp_path / "rank0", tmp_path / "rank1"]
+    ranks = [
+        WARM.Process(
+            target=failing.rank, args=(rank_environment(rank, 2, port), said[rank], how, backend, split, folder)
+        )
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
     try:
-        out, err = ranks[0].communicate(timeout=90)
-        assert ranks[0].returncode == 6, err
-        words = " ".join(out.split())
+        ranks[0].join(90)
+        words = " ".join(said[0].read_text().split())
+        assert ranks[0].exitcode == 6, words
         assert re.search(ENDS[how], words), words
         if how in ("bad_file", "raises"):  # the one that can still speak names the cause
-            other, err = ranks[1].communicate(timeout=30)
-            assert ranks[1].returncode == 6, err
+            ranks[1].join(30)
+            other = said[1].read_text()
+            assert ranks[1].exitcode == 6, other
             assert ("made for the test" if how == "raises" else "consolidated.safetensors") in other
         assert time.monotonic() - begun < 80
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+            rank.join()
+            rank.close()

@@ -10,12 +10,14 @@ import psutil
 import pytest
 from parallel.start import (
     PLAIN,
+    WARM,
     check_same_words,
     free_port,
     gone,
     kill,
     rank_environment,
     rank_of,
+    rank_of_command,
     run,
     start,
     torchrun,
@@ -194,9 +196,19 @@ REFUSED = {  # what does not run over ranks → what is said
 
 
 @pytest.mark.parametrize("asked", REFUSED)
-def test_what_does_not_run_over_ranks_is_refused_in_a_line_with_the_remedy(asked, folder):
+def test_what_does_not_run_over_ranks_is_refused_in_a_line_with_the_remedy(asked, folder, tmp_path):
     verb, *options = asked.split()
-    done = run(verb, folder, *options, launcher=TWO)
-    assert done.returncode != 0
-    told = re.findall(r"maestrale: .+?(?=maestrale: |$)", done.stderr, re.MULTILINE)  # two may share a line
-    assert set(told) == {f"maestrale: {REFUSED[asked]}"}
+    port, said = free_port(), [tmp_path / "rank0", tmp_path / "rank1"]
+    ranks = [
+        WARM.Process(
+            target=rank_of_command, args=(rank_environment(rank, 2, port), said[rank], [verb, folder, *options])
+        )
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank, file in zip(ranks, said, strict=True):
+        rank.join(60)
+        assert rank.exitcode == 2, file.read_text()
+        assert file.read_text() == f"maestrale: {REFUSED[asked]}\n"
+        rank.close()

@@ -1,6 +1,5 @@
 """The sum through shared memory: exact, of the same bits on all ranks, and no hang where one dies."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -8,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from parallel.start import WARM
 
 from maestrale.native_backend import kernels
 from maestrale.parallel.shared import _SLOT, SharedSum
@@ -64,12 +64,10 @@ def name(tmp_path):
 
 def start(work, ranks, name):
     """The processes, and a pipe from each: of one queue, a process that is killed could keep the lock."""
-    context = multiprocessing.get_context("spawn")
-    together = context.Barrier(ranks)
-    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
+    together = WARM.Barrier(ranks)
+    pipes = [WARM.Pipe(duplex=False) for _ in range(ranks)]
     processes = [
-        context.Process(target=work, args=(rank, ranks, name, together, answer))
-        for rank, (_, answer) in enumerate(pipes)
+        WARM.Process(target=work, args=(rank, ranks, name, together, answer)) for rank, (_, answer) in enumerate(pipes)
     ]
     for process in processes:
         process.start()
@@ -99,6 +97,7 @@ def test_all_ranks_get_the_bits_of_a_sum_in_their_order(ranks, name):
             assert np.array_equal(sums[rank][number], wanted.to(dtype).float().numpy()), (rank, number)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("how", "words", "longest"), [(signal.SIGKILL, "let go", 2), (signal.SIGSTOP, "timed out", 6)])
 def test_a_rank_that_dies_or_hangs_is_told_of_and_not_waited_for(how, words, longest, name):
     processes, pipes, _together = start(die, 2, name)

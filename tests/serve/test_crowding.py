@@ -60,7 +60,7 @@ main()
 def test_where_pages_run_out_texts_are_the_same(start, bytes_folder):
     """Room for one and a half sequences of 512 tokens: eight of 300 preempt each other all the time."""
     program = ("-c", SMALL.format(budget=int(1.5 * 512 * 2 * 2 * 2 * 8 * 4)))
-    server = start("--max-len", 512, program=program)
+    server = start("--max-len", 512, "--threads", 2, program=program)
     prompts = [f"{i} bottles of beer on the wall" for i in range(8)]
     alone = LLM(bytes_folder).generate(prompts, SamplingParams(max_tokens=300, temperature=0, ignore_eos=True))
     answer = server.complete(prompts, max_tokens=300, ignore_eos=True)

@@ -6,6 +6,7 @@ import sys
 import time
 
 import psutil
+import pytest
 from live import ENVIRONMENT, LONG, eventually, open_request, read_all, read_events
 
 
@@ -41,6 +42,7 @@ def test_sigterm_ends_streams_with_an_error_at_the_deadline(start):
     assert not any("Traceback" in line for line in server.log)
 
 
+@pytest.mark.alone
 def test_a_second_signal_ends_the_server_now(start):
     server = start()
     connection = open_request(server, "/v1/completions", LONG | {"n": 16})

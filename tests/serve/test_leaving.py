@@ -9,6 +9,7 @@ import pytest
 from live import HEAD, LONG, eventually, open_request
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("reset", [True, False])
 def test_a_client_that_leaves_gives_its_pages_back_within_a_second(bytes_server, stream, reset):
@@ -33,6 +34,7 @@ def test_a_client_that_leaves_amid_its_body_is_no_fault_of_the_server(start, pat
     assert not [line for line in server.log if "Traceback" in line]
 
 
+@pytest.mark.alone
 def test_who_leaves_the_queue_is_forgotten(start):
     server = start("--max-sequences", 1)
     first = open_request(server, "/v1/completions", LONG)
@@ -59,6 +61,7 @@ def test_two_hundred_cancellations_and_then_an_answer(bytes_server):
 # 61, 62: who is slow
 
 
+@pytest.mark.alone
 def test_an_answer_that_nobody_reads_is_dropped(bytes_server):
     body = LONG | {"stream": True, "n": 8, "logprobs": 20}  # some 40 MB, more than any socket takes
     connection = open_request(bytes_server, "/v1/completions", body, receive_buffer=4096)

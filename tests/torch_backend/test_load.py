@@ -78,6 +78,20 @@ def test_every_weight_has_its_value_and_place(tmp_path, config, layout, dtype):
     assert seen == [(i, count) for i in range(1, count + 1)]
 
 
+FIRST_TOKEN = """
+import sys
+from maestrale import LLM, SamplingParams
+LLM(sys.argv[1], backend="torch", max_len=64).generate([[1, 5, 9]], SamplingParams(max_tokens=2))
+print("torch" in sys.modules, "torch._dynamo" in sys.modules)
+"""
+
+
+def test_no_first_token_waits_for_torchs_compiler(tmp_path):
+    """Importing it takes as long as importing torch, and an initial value drawn for a meta tensor imports it."""
+    command = [sys.executable, "-c", FIRST_TOKEN, str(make_folder(tmp_path / "tiny", DENSE))]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "True False\n"
+
+
 MEASURE = """
 import sys, torch
 from maestrale.checkpoint.reader import open_checkpoint

@@ -294,6 +294,7 @@ def test_other_samples_are_not_resumed(made, tmp_path):
         finetune(settings, resume=True, force=True)
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12, of a fork beside threads
 def test_killed_at_random_moments_and_resumed_each_time_the_weights_are_those_of_one_run(made, tmp_path):
     settings = made(steps=40, save_every=1, heldout_every=7, checkpointing=True)
     finetune(replace(settings, out=str(tmp_path / "whole")))

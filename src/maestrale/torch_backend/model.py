@@ -26,7 +26,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_embeddings = empty_embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(i, config) for i in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -50,6 +50,11 @@ class Transformer(nn.Module):
             x_TD = layer(x_TD, turns_TC, attend)
         x_ND = self.layers[-1](x_TD, turns_TC, attend, rows_N)
         return self.norm(x_ND)
+
+
+def empty_embedding(rows: int, dim: int) -> nn.Embedding:
+    """Without the values that torch would draw: for a meta tensor, drawing them imports its compiler (1.5 s)."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from maestrale.errors import UsageError
 from maestrale.mesh import Shard
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.load import as_torch
-from maestrale.torch_backend.model import Block, FeedForward, Transformer
+from maestrale.torch_backend.model import Block, FeedForward, Transformer, empty_embedding
 from maestrale.torch_backend.moe import MixtureOfExperts
 
 Sum = Callable[[torch.Tensor], torch.Tensor]  # over the shards of a stage
@@ -114,7 +114,7 @@ def _skeleton(shard: Shard) -> Transformer:
     model = Transformer(shard.local_config)
     first, last = shard.span("vocab")
     if shard.first:
-        model.tok_embeddings = nn.Embedding(last - first, shard.config.dim)
+        model.tok_embeddings = empty_embedding(last - first, shard.config.dim)
     else:
         model.set_submodule("tok_embeddings", nn.Identity())  # hidden rows come in
     if shard.last:
