@@ -222,6 +222,7 @@ def test_fault_18_a_size_that_is_none_is_refused_with_key_value_and_file(key, wr
         ({"norm_eps": "1e-5"}, "norm_eps = '1e-5': expected a finite number"),
         ({"rope_theta": 0}, "rope_theta = 0"),
         ({"rope_theta": math.inf}, "rope_theta = inf: expected a finite number"),
+        ({"rope_theta": 10**400}, "00000: expected a finite number"),
         ({"tied_embeddings": 1}, "tied_embeddings = 1: expected true or false"),
         ({"max_seq_len": 0}, "max_position_embeddings = 0"),
         ({"moe": 8}, "moe = 8: expected an object"),
@@ -325,3 +326,10 @@ def test_what_would_change_the_numbers_is_refused_by_name(key, value):
 def test_a_table_of_tensors_without_end_is_refused_at_once(change):
     with pytest.raises(ConfigError, match="expected a whole number from 1 to"):
         ModelConfig.from_mistral({**PARAMS, **change})
+
+
+@pytest.mark.parametrize("wrong", ["x" * 5000, 10**4000, ["y" * 5000] * 50, {"z": [[[["deep"] * 9] * 9] * 9] * 9}])
+def test_a_long_wrong_value_is_cut_in_the_message(wrong):
+    with pytest.raises(ConfigError, match=r"^params\.json: dim = ") as caught:
+        ModelConfig.from_mistral({"n_layers": 2, "n_heads": 4, "dim": wrong})
+    assert len(str(caught.value)) < 1000

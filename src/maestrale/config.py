@@ -7,12 +7,13 @@ silent are rules N1 to N4 of docs/numerics.md.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maestrale.errors import ConfigError
+from maestrale.errors import ConfigError, shown
 
 MAX_SIZE = (1 << 31) - 1  # no dimension, nor a text, comes near; keeps every product inside 64 bits
 DEFAULT_CONTEXT = 32_768  # where a model's folder does not say; the length Mistral 7B was trained to use
@@ -97,7 +98,7 @@ class ModelConfig:
         for key in ("quantization", "quantization_config"):
             reader.refuse(key, "quantized weights are not supported")
         if reader.get("causal", True) is not True:
-            raise ConfigError(f"{source}: causal = {params['causal']!r}: only causal models are supported")
+            raise ConfigError(f"{source}: causal = {shown(params['causal'])}: only causal models are supported")
         n_layers = reader.whole("n_layers", limit=MAX_LAYERS)
         pattern = reader.get("sliding_window", reader.get("_sliding_window"))
         windows = _tile_windows(pattern, n_layers, source)
@@ -136,15 +137,15 @@ class ModelConfig:
             raise ConfigError(f"{source}: a model with vision or several towers; this program runs text models only")
         if model_type not in ("mistral", "ministral", "mixtral"):
             raise ConfigError(
-                f"{source}: model_type = {model_type!r}; expected mistral, ministral or mixtral (text models only)"
+                f"{source}: model_type = {shown(model_type)}; expected mistral, ministral or mixtral (text models only)"
             )
         reader.refuse("quantization_config", "it describes the weights, not the model: open the whole folder")
         if reader.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{source}: hidden_act = {reader.get('hidden_act')!r}; expected 'silu'")
+            raise ConfigError(f"{source}: hidden_act = {shown(reader.get('hidden_act'))}; expected 'silu'")
         mixture = model_type == "mixtral"
         rope = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
         if reader.mapping("rope_parameters", rope).get("rope_type", rope.get("type", "default")) != "default":
-            raise ConfigError(f"{source}: rope_parameters = {dict(rope)}; only rope_type 'default' is supported")
+            raise ConfigError(f"{source}: rope_parameters = {shown(dict(rope))}; only rope_type 'default' is supported")
         theta = rope.get("rope_theta", reader.get("rope_theta"))
         n_layers, dim, n_heads = (
             reader.whole("num_hidden_layers", limit=MAX_LAYERS),
@@ -271,10 +272,10 @@ def _hf_windows(reader: _Reader, n_layers: int, mixture: bool) -> tuple[int | No
     if types is None:
         return windows
     if not isinstance(types, list) or len(types) != n_layers:
-        raise ConfigError(f"{reader.source}: layer_types must be a list of {n_layers} entries, got {types!r}")
+        raise ConfigError(f"{reader.source}: layer_types must be a list of {n_layers} entries, got {shown(types)}")
     for kind in types:
         if kind not in ("sliding_attention", "full_attention"):
-            raise ConfigError(f"{reader.source}: layer_types holds {kind!r}; expected sliding_ or full_attention")
+            raise ConfigError(f"{reader.source}: layer_types holds {shown(kind)}; expected sliding_ or full_attention")
     return tuple(w if kind == "sliding_attention" else None for w, kind in zip(windows, types, strict=True))
 
 
@@ -288,7 +289,7 @@ def _tile_windows(pattern: Any, n_layers: int, source: str) -> tuple[int | None,
         if isinstance(item, str):
             text = item.strip()
             if not text.isascii() or not text.isdigit() or len(text) > 10:
-                raise ConfigError(f"{source}: sliding_window = {item!r}: expected a whole number or null")
+                raise ConfigError(f"{source}: sliding_window = {shown(item)}: expected a whole number or null")
             item = int(text)
         windows.append(None if item is None else _whole("sliding_window", item, source))
     if len(windows) > n_layers or n_layers % len(windows):
@@ -305,7 +306,7 @@ def _whole(name: str, value: Any, source: str = "", limit: int = MAX_SIZE) -> in
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
         where = f"{source}: " if source else ""
-        raise ConfigError(f"{where}{name} = {value!r}: expected a whole number from 1 to {limit}")
+        raise ConfigError(f"{where}{name} = {shown(value)}: expected a whole number from 1 to {limit}")
     return value
 
 
@@ -342,19 +343,19 @@ class _Reader:
         self.used.add(key)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"{self.source}: {self.prefix}{key} = {value!r}: expected a finite number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+            raise ConfigError(f"{self.source}: {self.prefix}{key} = {shown(value)}: expected a finite number")
         return float(value)
 
     def flag(self, key: str) -> bool:
         value = self.get(key, False)
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.source}: {self.prefix}{key} = {value!r}: expected true or false")
+            raise ConfigError(f"{self.source}: {self.prefix}{key} = {shown(value)}: expected true or false")
         return value
 
     def mapping(self, key: str, value: Any) -> Mapping[str, Any]:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{self.source}: {self.prefix}{key} = {value!r}: expected an object")
+            raise ConfigError(f"{self.source}: {self.prefix}{key} = {shown(value)}: expected an object")
         return value
 
     def build(self, cls: type[ModelConfig], **values: Any) -> ModelConfig:

@@ -4,6 +4,8 @@ An error's message says what, where, expected, got and remedy in one line. The c
 message alone and leaves with `exit_code`; a server turns a `RequestError` into a 4xx that names `param`.
 """
 
+from reprlib import Repr
+
 
 class MaestraleError(Exception):
     """The base of all of them: a message for people, no traceback needed."""
@@ -67,9 +69,30 @@ class DistributedError(MaestraleError):
     exit_code = 6
 
 
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, for a message of one line; the error's kind where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message, cut where it is long or deep."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python's limit on the digits of an integer
+        return "a number of too many digits"
+
+
+def one_line(text: str) -> str:
+    """`text` with what does not print as escapes: names and values from files and clients can neither break a line nor
+    steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 SIGINT_EXIT = 130

@@ -128,12 +128,13 @@ def test_a_context_beyond_memory_is_code_4_and_says_what_fits(command, models):
     assert "the longest context that fits" in run.err
 
 
-def test_a_warning_is_one_line(spawn, models, tmp_path):
+@pytest.mark.parametrize(("key", "told"), [("colour", "colour"), ("a\nb\x1b[2J", r"a\nb\x1b[2J")])
+def test_a_warning_is_one_line_and_cannot_steer_the_terminal(spawn, models, tmp_path, key, told):
     folder = shutil.copytree(models["dense"], tmp_path / "model")
-    edit_params(folder, colour="blue")
+    edit_params(folder, **{key: "blue"})
     process = spawn("inspect", folder, env=ENVIRONMENT | {"PYTHONWARNINGS": ""})
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0
     assert err.startswith("maestrale: warning: ")
     assert err.count("\n") == 1
-    assert "colour" in err
+    assert told in err

@@ -188,6 +188,10 @@ def test_closed_output_is_no_error(spawn, models):
         ('path = ["x"]', "path = ['x']: expected a text"),
         ("drain = true", "drain = True: expected a number"),
         ("speed = 1", "no such option: speed"),
+        ('"a\\u001b[2J" = 1', r"no such option: a\x1b[2J"),
+        ('path = "a\\u0000b"', r"path = 'a\x00b': holds a character of code 0"),
+        ("port = " + "[" * 3000, "no TOML: maximum recursion depth"),
+        ("port = " + "9" * 5000, "no TOML: Exceeds the limit"),
     ],
 )
 def test_a_file_of_options_with_a_wrong_value_is_refused_by_name(command, tmp_path, line, words):
@@ -195,3 +199,10 @@ def test_a_file_of_options_with_a_wrong_value_is_refused_by_name(command, tmp_pa
     run = command("serve", "--config", tmp_path / "serve.toml")
     assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
     assert f"serve.toml: {words}" in run.err
+
+
+@pytest.mark.parametrize("host", ["a" * 100, "a..b", "\u2028"])
+def test_a_host_that_can_be_no_name_is_refused(command, models, host):
+    run = command("serve", models["dense"], "--host", host)
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert "host" in run.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from maestrale.errors import ConfigError, UsageError
@@ -57,6 +59,13 @@ def test_the_command_line_stands_in_for_the_file(tmp_path):
         ((MODEL, "model: small\n"), "model: expected keys and values, got 'small'"),
         ((MODEL, "model: [\n"), ": not YAML: "),
         (("out: there", "out: \0"), "c.yaml: not YAML: "),
+        (("steps: 5", "steps: " + "[" * 3000), ": a value that cannot be read as YAML: maximum recursion depth"),
+        (("steps: 5", "steps: " + "9" * 5000), ": a value that cannot be read as YAML: Exceeds the limit"),
+        (("steps: 5", "steps: 2026-99-01"), ": a value that cannot be read as YAML: month must be in 1..12"),
+        (("steps: 5", "steps: !!bool x"), ": a value that cannot be read as YAML: 'x'"),
+        (("lr: 2e-3", "lr: " + "9" * 400), ": expected a smaller number"),
+        (("lr: 2e-3", "lr: 0x" + "f" * 5000), "lr = a number of too many digits: expected a smaller number"),
+        (("out: there", 'out: "a\\0b"'), "out = 'a\\x00b': holds a character of code 0"),
         ((GOOD, "words"), "expected keys and values, got 'words'"),
     ],
 )
@@ -67,6 +76,21 @@ def test_a_wrong_value_is_named(tmp_path, change, message):
     assert "c.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["steps = " + "[" * 3000, "steps = " + "9" * 5000])
+def test_toml_that_the_library_cannot_read_is_named(tmp_path, text):
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(UsageError, match=r"c\.toml: not TOML: ") as caught:
+        read_settings(tmp_path / "c.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_unfold_to_a_billion_words_are_refused_at_once(tmp_path):
+    folds = "".join(f"{after}: &{after} [{','.join([f'*{before}'] * 9)}]\n" for before, after in pairwise("abcdefghij"))
+    with pytest.raises(UsageError, match=r"c\.yaml: model: expected keys and values, got \[\[") as caught:
+        read(tmp_path, f"a: &a [x]\n{folds}model: *j\n")
+    assert len(str(caught.value)) < 1000
 
 
 def test_an_impossible_model_is_a_bad_model(tmp_path):

@@ -16,7 +16,7 @@ import click
 
 import maestrale
 from maestrale.cli.declare import SETTINGS, Command, make_command
-from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError
+from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleError, MemoryLimitError, one_line
 
 VERBS = {  # where the function of each is
     "demo": "demo:demo",
@@ -147,7 +147,7 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"maestrale: {message}", file=sys.stderr)
+    print(f"maestrale: {one_line(message)}", file=sys.stderr)
 
 
 def _discard_output() -> None:

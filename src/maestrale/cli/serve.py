@@ -11,7 +11,7 @@ import click
 
 from maestrale.cli import options as opt
 from maestrale.cli.declare import Option
-from maestrale.errors import UsageError
+from maestrale.errors import UsageError, first_line, shown
 from maestrale.serve.settings import Settings
 
 _SERVER, _LIMITS = "Server", "Limits"
@@ -60,8 +60,8 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         return None
     try:
         values = tomllib.loads(opt.read_text(path))
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: no TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # among them a number of too many digits
+        raise UsageError(f"{path}: no TOML: {first_line(error)}") from None
     known = {str(p.name): p for p in context.command.params if p.name not in ("config", "help", "debug")}
     values = {name.replace("-", "_"): value for name, value in values.items()}
     if unknown := values.keys() - known:
@@ -72,7 +72,9 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         each = value if several and isinstance(value, list) else [value]
         if (several and not isinstance(value, list)) or not all(type(one) in kinds for one in each):
             shape = f"a list, each {words}" if several else words
-            raise UsageError(f"{path}: {name} = {str(value)[:80]}: expected {shape}")
+            raise UsageError(f"{path}: {name} = {shown(value)}: expected {shape}")
+        if any(isinstance(one, str) and "\0" in one for one in each):
+            raise UsageError(f"{path}: {name} = {shown(value)}: holds a character of code 0, which no option takes")
     context.default_map = values
     return path
 

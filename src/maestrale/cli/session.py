@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from maestrale.cli.commands import COMMANDS, run_command
 from maestrale.cli.reading import lines
 from maestrale.cli.writing import write_markdown, write_plain
-from maestrale.errors import MaestraleError, RequestError
+from maestrale.errors import MaestraleError, RequestError, one_line
 
 if TYPE_CHECKING:
     from maestrale.cli.conversation import Conversation
@@ -73,7 +73,7 @@ class Session:
                     elif self.conversation.form == "text" and self.conversation.size():
                         self.reply(None)  # the text goes on
                 except MaestraleError as error:
-                    print(f"maestrale: {error}", file=sys.stderr)
+                    print(f"maestrale: {one_line(str(error))}", file=sys.stderr)
 
     def reply(self, line: str | None, again: bool = False) -> None:
         """The model answers `line`, or goes on. RequestError leaves the conversation as it was."""

@@ -6,6 +6,8 @@ import json
 import logging
 import time
 
+from maestrale.errors import one_line
+
 
 def set_up(as_json: bool) -> None:
     """All loggers of the process to standard error."""
@@ -21,7 +23,7 @@ class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%H:%M:%S", time.localtime(record.created))
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        text = f"{moment} {level}{_escaped(record.getMessage())}"
+        text = f"{moment} {level}{one_line(record.getMessage())}"
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
@@ -36,10 +38,3 @@ class _Json(logging.Formatter):
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
         return json.dumps(fields)
-
-
-def _escaped(text: str) -> str:
-    """One line, whatever a client has put into it."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

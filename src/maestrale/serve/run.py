@@ -52,8 +52,9 @@ def _listen(settings: Settings) -> socket.socket:
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         listener = socket.socket(family, kind, number)
-    except OSError as error:
-        raise UsageError(f"host {settings.host!r}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: it cannot even be spelled as a name of the network
+        reason = getattr(error, "strerror", None) or "no name or address"
+        raise UsageError(f"host {settings.host[:80]!r}: {reason}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maestrale.config import ModelConfig
-from maestrale.errors import UsageError
+from maestrale.errors import UsageError, first_line, shown
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -172,8 +172,8 @@ def _read(path: Path) -> dict[str, Any]:
 
         try:
             return tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{path}: not TOML: {error}") from None
+        except (ValueError, RecursionError) as error:  # among them a number of too many digits
+            raise UsageError(f"{path}: not TOML: {first_line(error)}") from None
     if path.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{path}: expected a file that ends in .yaml, .yml or .toml")
     import yaml
@@ -186,12 +186,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}{line}: not YAML: {error.problem}") from None
     except yaml.YAMLError as error:  # a character that YAML forbids
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # so it meets a value that belies its tag
+        raise UsageError(f"{path}: a value that cannot be read as YAML: {first_line(error)}") from None
     return dict(_mapping(path, "the file", {} if values is None else values))
 
 
 def _mapping(path: str | Path, name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UsageError(f"{path}: {name}: expected keys and values, got {value!r:.60}")
+        raise UsageError(f"{path}: {name}: expected keys and values, got {shown(value)}")
     return value
 
 
@@ -200,15 +207,20 @@ def _typed(path: str | Path, name: str, value: Any, kind: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise UsageError(f"{path}: {name} = {value!r}: expected a number") from None
+            raise UsageError(f"{path}: {name} = {shown(value)}: expected a number") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UsageError(f"{path}: {name} = {shown(value)}: expected a smaller number") from None
+    if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
+        raise UsageError(f"{path}: {name} = {shown(value)}: holds a character of code 0, which no file's name may")
     if kind == tuple[str, ...]:
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
             return tuple(value)
         what = "file patterns" if name == "train" else "words"
-        raise UsageError(f"{path}: {name} = {value!r}: expected a list of {what}")
+        raise UsageError(f"{path}: {name} = {shown(value)}: expected a list of {what}")
     if type(value) in (kind, *typing.get_args(kind)):
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false"}
-    raise UsageError(f"{path}: {name} = {value!r}: expected {names.get(kind, 'text')}")
+    raise UsageError(f"{path}: {name} = {shown(value)}: expected {names.get(kind, 'text')}")
