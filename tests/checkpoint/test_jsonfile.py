@@ -1,3 +1,4 @@
+import os
 from contextlib import suppress
 
 import pytest
@@ -45,11 +46,17 @@ def test_hostile_quotes_cost_no_quadratic_time():
 
 
 def test_too_large_a_file_is_refused_unread(tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(jsonfile, "MAX_JSON_BYTES", 100)
+    monkeypatch.setattr(jsonfile, "MAX_BYTES", 100)
     path = tmp_path / "params.json"
     path.write_text('{"a": "' + "x" * 100 + '"}')
-    with refused(CheckpointError, 3, path, "more than 100 bytes"):
+    with refused(CheckpointError, 3, path, "larger than 100 bytes"):
         read_json(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, refused):
+    os.mkfifo(tmp_path / "params.json")
+    with refused(CheckpointError, 3, tmp_path / "params.json", "not a regular file"):
+        read_json(tmp_path / "params.json")
 
 
 def test_a_folder_or_an_absent_file_is_refused(tmp_path, refused):

@@ -69,6 +69,13 @@ def test_a_wrong_description_is_refused(packed_folder, refused, metadata, words)
         open_checkpoint(packed_folder(metadata=metadata))
 
 
+def test_a_description_that_is_no_unicode_is_refused(packed_folder, refused):
+    file = packed_folder(metadata={"maestrale.packed": "??????"}) / "packed.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"??????", rb"\ud800", 1))  # half of a surrogate pair
+    with refused(CheckpointError, 3, "packed.safetensors", "metadata", "not UTF-8 at byte 0"):
+        open_checkpoint(file.parent)
+
+
 @pytest.mark.parametrize(
     ("value", "words"),
     [

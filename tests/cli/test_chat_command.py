@@ -121,6 +121,7 @@ def test_set_alone_shows_the_settings_and_none_takes_one_away(command, models):
         ("/save", ["/save", "file"]),
         ("/save /no/such/file.json", ["/no/such/file.json", "no folder"]),
         ("/load", ["/load", "file"]),
+        ("/clear the table", ["/clear", "nothing after it", "the table"]),
         ("/load /no/such/file.json", ["/no/such/file.json", "No such file"]),
     ],
 )

@@ -15,6 +15,19 @@ def test_the_file_is_in_the_state_folder(monkeypatch, state, expected):
     assert str(history_path()) == f"{expected}/maestrale/history"
 
 
+def test_a_user_without_a_home_is_warned_and_nothing_is_kept(monkeypatch):
+    def no_entry(*_):
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    with pytest.warns(UserWarning, match="history is not kept: no home folder"):
+        history = History(history_path())
+    history.add("a line")
+    assert history.entries == []
+
+
 def test_lines_are_kept_for_the_next_run_at_once(tmp_path):
     path = tmp_path / "a" / "b" / "history"
     history = History(path)

@@ -224,15 +224,19 @@ def test_a_tokenizer_json_larger_than_the_model_is_refused(tmp_path):
         load(byte_pairs(3), tmp_path, size - 1)
 
 
+@pytest.mark.parametrize(("name", "told"), [("absent", "absent"), ("\ud800", r"\?")])
+def test_a_beginning_of_text_that_is_no_token_is_refused(tmp_path, name, told):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": name}))
+    with pytest.raises(CheckpointError, match=f"no token {told};"):
+        load(byte_pairs(3), tmp_path, 400)
+
+
 def test_ends_of_text_come_from_tokenizer_config_json(tmp_path):
     names = {"bos_token": "[INST]", "eos_token": {"content": "[/INST]", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer = load(byte_pairs(3), tmp_path, 400)
     model = byte_pairs(3)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (model.token_to_id("[INST]"), model.token_to_id("[/INST]"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "absent"}))
-    with pytest.raises(CheckpointError, match="no token absent"):
-        load(byte_pairs(3), tmp_path, 400)
 
 
 def test_an_unknown_decoder_is_refused_by_name(tmp_path):

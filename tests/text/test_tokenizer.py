@@ -200,6 +200,14 @@ def test_a_file_that_is_no_json_object_is_refused_in_one_line(content, name, tmp
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["tekken.json", "tokenizer.model", "tokenizer.json"])
+def test_a_file_as_large_as_no_tokenizer_is_refused(name, tmp_path):
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 40)  # without a block on the disk
+    with pytest.raises(CheckpointError, match=re.escape(name) + ": larger than"):
+        load_tokenizer(tmp_path, 100)
+
+
 def test_loading_and_encoding_v1_imports_nothing_heavy(folder_of):
     folder = folder_of("v1", "tokenizer.model")
     program = (

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from maestrale.checkpoint.dtypes import STORAGE
 from maestrale.checkpoint.gguf_blocks import BLOCKS
 from maestrale.checkpoint.tensorfile import Entry, MappedFile, TensorFile
-from maestrale.errors import CheckpointError
+from maestrale.errors import CheckpointError, shown
 
 MAGIC = b"GGUF"
 # The numbers by which files name the types of tensors.
@@ -56,8 +56,8 @@ def open_gguf(path: str | Path) -> GgufFile:
     for _ in range(n_values):
         key = cursor.text("a header key")
         if key in values:
-            raise CheckpointError(f"{path}: header key {key!r} stands twice")
-        values[key] = _value(cursor, f"header value {key!r}")
+            raise CheckpointError(f"{path}: header key {shown(key)} stands twice")
+        values[key] = _value(cursor, f"header value {shown(key)}")
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or alignment % 8 or not 8 <= alignment <= 1 << 20:
         raise CheckpointError(f"{path}: general.alignment = {str(alignment)[:40]}; expected a multiple of 8")
@@ -67,19 +67,21 @@ def open_gguf(path: str | Path) -> GgufFile:
     reached, before = start, "the header"
     for name, kind, shape, offset in sorted(described, key=lambda item: item[3]):
         if name in entries:
-            raise CheckpointError(f"{path}: tensor {name!r} stands twice")
+            raise CheckpointError(f"{path}: tensor {shown(name)} stands twice")
         dtype, stored = (
             ("U8", (*shape[:-1], shape[-1] // BLOCKS[kind][0], BLOCKS[kind][1])) if kind in BLOCKS else (kind, shape)
         )
         first, last = start + offset, start + offset + math.prod(stored) * STORAGE[dtype].itemsize
         if offset % alignment:
-            raise CheckpointError(f"{path}: tensor {name!r} at {offset:,}, which is no multiple of {alignment}")
+            raise CheckpointError(f"{path}: tensor {shown(name)} at {offset:,}, which is no multiple of {alignment}")
         if first < reached:
-            raise CheckpointError(f"{path}: tensor {name!r} overlaps {before}")
+            raise CheckpointError(f"{path}: tensor {shown(name)} overlaps {before}")
         if last > size:
-            raise CheckpointError(f"{path}: truncated: tensor {name!r} ends at byte {last:,}, the file has {size:,}")
+            raise CheckpointError(
+                f"{path}: truncated: tensor {shown(name)} ends at byte {last:,}, the file has {size:,}"
+            )
         entries[name], types[name], shapes[name] = Entry(dtype, stored, first, last), kind, shape
-        reached, before = last, repr(name)
+        reached, before = last, shown(name)
     return GgufFile(mapped, entries, values=values, types=types, shapes=shapes)
 
 
@@ -104,20 +106,20 @@ def _value(cursor: _Cursor, what: str) -> Any:
 def _tensor(cursor: _Cursor, path: str | Path) -> tuple[str, str, tuple[int, ...], int]:
     """(name, type, shape outermost first, offset)."""
     name = cursor.text("a tensor's name")
-    where = f"{path}: tensor {name!r}"
-    dims = cursor.number("<u4", f"the dimensions of {name!r}")
+    where = f"{path}: tensor {shown(name)}"
+    dims = cursor.number("<u4", f"the dimensions of {shown(name)}")
     if not 1 <= dims <= 4:
         raise CheckpointError(f"{where}: {dims} dimensions; expected 1 to 4")
-    shape = tuple(cursor.number("<u8", f"the shape of {name!r}") for _ in range(dims))[::-1]
+    shape = tuple(cursor.number("<u8", f"the shape of {shown(name)}") for _ in range(dims))[::-1]
     if math.prod(max(extent, 1) for extent in shape) * 8 >= 1 << 63 or 0 in shape:
         raise CheckpointError(f"{where}: impossible shape {shape}")
-    number = cursor.number("<u4", f"the type of {name!r}")
+    number = cursor.number("<u4", f"the type of {shown(name)}")
     if number not in TYPES:
         raise CheckpointError(f"{where}: type {number}; expected one of {', '.join(TYPES.values())}")
     kind = TYPES[number]
     if kind in BLOCKS and shape[-1] % BLOCKS[kind][0]:
         raise CheckpointError(f"{where}: rows of {shape[-1]} are not cut into {kind}'s blocks of {BLOCKS[kind][0]}")
-    return name, kind, shape, cursor.number("<u8", f"the offset of {name!r}")
+    return name, kind, shape, cursor.number("<u8", f"the offset of {shown(name)}")
 
 
 def _width(kind: int) -> int:

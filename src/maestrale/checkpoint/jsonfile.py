@@ -1,16 +1,18 @@
-"""Reading JSON from files that nobody vouches for: bounded size and depth, no duplicate keys, no NaN."""
+"""Reading small files that nobody vouches for: bounded size and depth, no duplicate keys, no NaN."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from maestrale.errors import CheckpointError
 
-MAX_JSON_BYTES = 100_000_000
+MAX_BYTES = 100_000_000
 MAX_DEPTH = 64
 # Possessive, and the closing quote optional, so that hostile quotes cost no backtracking.
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{}\[\]]', re.DOTALL)
@@ -18,14 +20,21 @@ _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{}\[\]]', re.DOTALL)
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object that the file holds; CheckpointError names the file and what is wrong."""
+    return parse_json(read_bounded(path), str(path))
+
+
+def read_bounded(path: str | Path) -> bytes:
+    """A small file as a whole; CheckpointError where it is a pipe, which could keep us waiting, or too large."""
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise CheckpointError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
-            data = file.read(MAX_JSON_BYTES + 1)
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read: {error.strerror or error}") from None
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: more than {MAX_JSON_BYTES:,} bytes of JSON")
-    return parse_json(data, str(path))
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_BYTES:,} bytes, which no such file is")
+    return data
 
 
 def parse_json(data: bytes, source: str) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _description(file: TensorFile) -> dict[str, Any]:
     where = f"{file.path} (metadata)"
     if METADATA not in file.metadata:
         raise CheckpointError(f"{where}: no {METADATA}; expected a file that  maestrale quantize  wrote")
-    value = parse_json(file.metadata[METADATA].encode(), where)
+    value = parse_json(file.metadata[METADATA].encode(errors="surrogatepass"), where)
     version, weights = value.get("version"), value.get("weights")
     if version != VERSION or type(version) is not int:
         raise CheckpointError(

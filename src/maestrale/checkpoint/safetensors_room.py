@@ -13,7 +13,7 @@ from typing import Any
 from maestrale.checkpoint.dtypes import STORAGE
 from maestrale.checkpoint.jsonfile import parse_json
 from maestrale.checkpoint.tensorfile import Entry, MappedFile, TensorFile
-from maestrale.errors import CheckpointError
+from maestrale.errors import CheckpointError, shown
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_EXTENT = 1 << 63
@@ -43,7 +43,7 @@ def open_safetensors(path: str | Path) -> TensorFile:
 
 
 def _entry(name: str, value: Any, data_start: int, path: str | Path) -> Entry:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {shown(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -72,10 +72,9 @@ def _check_coverage(entries: dict[str, Entry], data_start: int, size: int, path:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != reached:
             fault = "overlaps" if entry.start < reached else "leaves a hole after"
-            raise CheckpointError(
-                f"{path}: tensor {name!r} {fault} {before}: it begins at byte {entry.start:,}, expected {reached:,}"
-            )
-        reached, before = entry.end, repr(name)
+            where = f"{path}: tensor {shown(name)}"
+            raise CheckpointError(f"{where} {fault} {before}: it begins at byte {entry.start:,}, expected {reached:,}")
+        reached, before = entry.end, shown(name)
     if reached > size:
         raise CheckpointError(
             f"{path}: truncated: the header describes {reached:,} bytes, the file has {size:,}; download it again"

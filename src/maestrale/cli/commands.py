@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from maestrale.cli.conversation import Chat
 from maestrale.cli.strip import strip
-from maestrale.errors import CheckpointError, RequestError, UsageError
+from maestrale.errors import CheckpointError, RequestError, UsageError, shown
 
 if TYPE_CHECKING:
     from maestrale.cli.session import Session
@@ -43,6 +43,8 @@ def run_command(session: Session, line: str) -> bool:
         near = get_close_matches(word, COMMANDS, 1)
         print(f"/{word}: no such command; {f'/{near[0]}, perhaps? ' if near else ''}/? lists them")
         return True
+    if rest.strip() and not command.arguments:
+        raise UsageError(f"/{word}: takes nothing after it, got {shown(rest.strip())}")
     return command.run(session, rest.strip()) is not False
 
 
@@ -63,8 +65,8 @@ def _set(session: Session, rest: str) -> None:
     if value.strip():
         session.params = replace(session.params, **{name: _value(value.strip())})
     for setting in [name] if name else SETTINGS:
-        shown = getattr(session.params, setting)
-        print(f"{setting} = {json.dumps(shown, ensure_ascii=False)}")
+        held = getattr(session.params, setting)
+        print(f"{setting} = {json.dumps(held, ensure_ascii=False)}")
 
 
 def _value(text: str) -> Any:

@@ -11,10 +11,15 @@ from pathlib import Path
 KEPT = 1000  # entries
 
 
-def history_path() -> Path:
-    """maestrale/history in $XDG_STATE_HOME, or in ~/.local/state."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state") / "maestrale" / "history"
+def history_path() -> Path | None:
+    """maestrale/history in $XDG_STATE_HOME, or in ~/.local/state; None for a user without a home."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():
+        try:
+            state = Path.home() / ".local" / "state"
+        except RuntimeError:
+            return None
+    return state / "maestrale" / "history"
 
 
 class History:
@@ -25,9 +30,12 @@ class History:
     kept.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self._file = -1
         self.entries: list[str] = []
+        if path is None:
+            warnings.warn("history is not kept: no home folder; set XDG_STATE_HOME", stacklevel=2)
+            return
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -94,7 +94,8 @@ def _begin_and_end(path: Path) -> list[str]:
         for i, key in enumerate(("bos_token", "eos_token")):
             value = config.get(key)
             value = value.get("content") if isinstance(value, dict) else value
-            names[i] = value if isinstance(value, str) else names[i]
+            if isinstance(value, str):
+                names[i] = value.encode(errors="replace").decode()  # half of a surrogate pair is no token's name
     return names
 
 

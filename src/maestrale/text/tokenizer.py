@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from maestrale.checkpoint.jsonfile import read_bounded
 from maestrale.errors import CheckpointError, RequestError
 from maestrale.sampling.constraint import Constraint
 from maestrale.sampling.grammar import Grammars
@@ -168,17 +169,17 @@ def load_tokenizer(folder: str | Path, vocab_size: int) -> Tokenizer:
         from maestrale.text.tekken_room import read_tekken
 
         path = _only(found)
-        vocabulary = read_tekken(path, _read(path))
+        vocabulary = read_tekken(path, read_bounded(path))
     elif found := [path for path in paths if _SENTENCEPIECE.fullmatch(path.name)]:
         from maestrale.text.sentencepiece_room import read_sentencepiece
 
         path = _only(found)
-        vocabulary = read_sentencepiece(path, _read(path))
+        vocabulary = read_sentencepiece(path, read_bounded(path))
     elif found := [path for path in paths if _HF.fullmatch(path.name)]:
         from maestrale.text.hf_room import read_hf
 
         path = _only(found)
-        vocabulary = read_hf(path, _read(path), vocab_size)
+        vocabulary = read_hf(path, read_bounded(path), vocab_size)
     elif found := [path for path in paths if path.suffix == ".gguf"]:
         return _from_gguf(found[0], vocab_size)
     else:
@@ -198,19 +199,12 @@ def _from_gguf(path: Path, vocab_size: int) -> Tokenizer:
 
 def _only(paths: list[Path]) -> Path:
     """The one file among copies; of copies, the one whose name says most (tokenizer.model.v3, not tokenizer.model)."""
-    contents = {_read(path) for path in paths}
+    contents = {read_bounded(path) for path in paths}
     suffixes = {path.suffix for path in paths if path.suffix not in (".model", ".json")}
     if len(contents) > 1 or len(suffixes) > 1:
         names = ", ".join(path.name for path in paths)
         raise CheckpointError(f"{paths[0].parent}: several different tokenizers: {names}; keep the model's own")
     return max(paths, key=lambda path: (path.suffix in suffixes, -len(path.name)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
 
 
 def _run(decoder: StreamDecoder, ids: Iterable[int]) -> str:
