@@ -206,3 +206,9 @@ def test_a_host_that_can_be_no_name_is_refused(command, models, host):
     run = command("serve", models["dense"], "--host", host)
     assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
     assert "host" in run.err
+
+
+def test_an_option_without_its_value_points_at_its_own_verbs_help(command):
+    run = command("data", "check", "x.jsonl", "--fix")
+    assert (run.code, run.out) == (2, "")
+    assert run.err == "maestrale: Option '--fix' requires an argument. (see maestrale data --help)\n"

@@ -65,7 +65,7 @@ def data(
         print(_told(facts))
     if faults and fix is None:
         raise DataError(
-            f"{file}: {len(faults)} of {len(faults) + len(samples)} lines cannot be used; --fix mends a copy"
+            f"{file}: {len(faults)} of {len(faults) + len(samples)} lines cannot be used; --fix FILE mends a copy"
         )
     if not samples and fix is None:
         raise DataError(f"{file}: holds no sample")

@@ -86,6 +86,13 @@ class _HelpedArgument(click.Argument):
 class Command(click.Command):
     """A click command whose help screen lists arguments, then options in their groups."""
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(context, args)
+        except click.UsageError as error:  # of an option without its value click does not say whose it is
+            error.ctx = error.ctx or context
+            raise
+
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(context):
