@@ -236,11 +236,10 @@ const Model::Desk& Model::prepared(int64_t rows, int thread, const Prepare& prep
 template <class Work>
 void Model::divide(int64_t count, int thread, const Work& work) {
   std::atomic<int64_t>& taken = taken_[orders_[size_t(thread)].divisions++];
-  const int64_t fixed = count / 2, pieces = 4 * pool_.size();
-  const int64_t piece = std::max<int64_t>(1, (count - fixed) / pieces / kEven) * kEven;
-  const auto [first, last] = share(fixed, thread);
-  if (first < last) work(first, last);
-  for (int64_t from; (from = fixed + taken.fetch_add(piece, std::memory_order_relaxed)) < count;)
+  const int64_t own = count / 2 / pool_.size() / kEven * kEven, shared = own * pool_.size();
+  const int64_t piece = std::max<int64_t>(1, (count - shared) / (4 * pool_.size()) / kEven) * kEven;
+  if (own) work(own * thread, own * (thread + 1));
+  for (int64_t from; (from = shared + taken.fetch_add(piece, std::memory_order_relaxed)) < count;)
     work(from, std::min(from + piece, count));
 }
 
