@@ -234,6 +234,8 @@ def changed(folder, **settings):
         ({"r": True}, "r = True"),
         ({"lora_alpha": "5"}, "lora_alpha = '5'"),
         ({"lora_alpha": None}, "lora_alpha = None"),
+        ({"lora_alpha": 10**400}, "lora_alpha = 1000"),
+        ({"lora_alpha": 1e39}, r"lora_alpha = 1e\+39"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3': expected LORA"),
         ({"bias": "all"}, "bias = 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -248,6 +250,14 @@ def test_settings_that_would_change_the_numbers_are_refused(settings, message, t
     changed(folder, **settings)
     with pytest.raises(CheckpointError, match=message):
         open_adapter(folder, DENSE)
+
+
+@pytest.mark.parametrize("scaling", [0, -1, 1e39, 10**400, "2", True])
+def test_a_native_scaling_that_no_float32_is_above_zero_is_refused(scaling, tmp_path):
+    save_file({}, tmp_path / "lora.safetensors")
+    (tmp_path / "params.json").write_text(json.dumps({"lora": {"rank": 2, "scaling": scaling}}))
+    with pytest.raises(CheckpointError, match="expected a rank and a scaling above 0"):
+        open_adapter(tmp_path, DENSE)
 
 
 def test_an_adapter_of_another_model_is_refused_before_a_weight_is_read(tmp_path):

@@ -35,6 +35,7 @@ NATIVE_CONFIG, NATIVE_WEIGHTS = "params.json", "lora.safetensors"
 LAYOUTS = ("peft", "native")
 _PEFT_PREFIX = "base_model.model."
 _EMBEDDING = "tok_embeddings.weight"
+_LARGEST = float(np.finfo(np.float32).max)  # scales are multiplied in float32
 _DEFAULT_SCALING = 2.0  # of the reference, whose loader takes a bare file
 # Settings of PEFT that change the numbers in ways unknown here → the value that does not.
 _PEFT_PLAIN: dict[str, Any] = {
@@ -232,8 +233,10 @@ class _PeftSettings:
 
     def scale(self, name: str) -> float:
         alpha, rank = self._value("lora_alpha", "alpha_pattern", name), self.rank(name)
-        if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
-            raise CheckpointError(f"{self.source}: lora_alpha = {alpha!r:.60}: expected a finite number above 0")
+        if type(alpha) not in (int, float) or not 0 < alpha <= _LARGEST:
+            raise CheckpointError(
+                f"{self.source}: lora_alpha = {alpha!r:.60}: expected a number above 0 that float32 holds"
+            )
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
     def _value(self, key: str, patterns: str, name: str) -> Any:
@@ -257,7 +260,7 @@ class _NativeSettings:
         rank, scaling = (
             (settings.get("rank"), settings.get("scaling", _DEFAULT_SCALING)) if isinstance(settings, dict) else (-1, 0)
         )
-        if type(rank) is not int or rank < 0 or type(scaling) not in (int, float) or not 0 < scaling < math.inf:
+        if type(rank) is not int or rank < 0 or type(scaling) not in (int, float) or not 0 < scaling <= _LARGEST:
             raise CheckpointError(f"{source}: lora = {settings!r:.80}: expected a rank and a scaling above 0")
         self._rank, self._scaling = rank, float(scaling)
 
