@@ -1,4 +1,4 @@
-"""Texts as vectors: the mean of a text's states after the last norm, chunk by chunk."""
+"""Texts as vectors: the mean of a text's states after the last norm, or the last of them, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from maestrale.torch_backend.model import Transformer
 def embed(
     model: Transformer,
     texts: Sequence[Sequence[int]],
+    last: bool,
     kernel: Kernel,
     max_chunk: int,
     begin: Callable[[Batch], None],
@@ -31,7 +32,7 @@ def embed(
         lengths_B1 = torch.tensor([[len(text)] for text in lot], device=weight.device)
         with torch.inference_mode():
             cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
-            sums_BD = torch.zeros(len(lot), model.config.dim, device=weight.device)
+            found_BD = torch.zeros(len(lot), model.config.dim, device=weight.device)
         for batch in batches:
             begin(batch)
             with torch.inference_mode():
@@ -40,7 +41,10 @@ def embed(
                     for array in (batch.token_ids, batch.positions, batch.starts)
                 )
                 hidden_TD = model.hidden_states(tokens_T, positions_T, cache.begin(batch)).float()
-                sums_BD += torch.segment_reduce(hidden_TD, "sum", lengths=starts.diff())
+                if last:
+                    found_BD = hidden_TD[starts[1:] - 1]  # a single text's last chunk comes last
+                else:
+                    found_BD += torch.segment_reduce(hidden_TD, "sum", lengths=starts.diff())
             yield None
-        vectors.extend((sums_BD / lengths_B1).cpu().numpy())
+        vectors.extend((found_BD if last else found_BD / lengths_B1).cpu().numpy())
     yield vectors

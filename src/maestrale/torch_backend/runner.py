@@ -63,10 +63,9 @@ class TorchRunner:
             logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
             return answer(logits_NV, batch.draws, watch.experts(rows_N) if watch else None)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
-        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
+    def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
         with memory_errors():
-            yield from embed(self.model, texts, self.cache.kernel, self.layout.max_chunk, self._begin)
+            yield from embed(self.model, texts, last, self.cache.kernel, self.layout.max_chunk, self._begin)
 
     def _begin(self, batch: Batch) -> None:
         """Before the model runs: whose rows are whose."""
@@ -95,13 +94,12 @@ def open_runner(
     progress: Callable[[int, int], None],
     adapters: Sequence[Adapter] = (),
     *,
-    head: NDArray[np.float32] | None = None,
     fp8: bool = False,
     fp8_cache: bool = False,
 ) -> Runner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
 
-    head: another output layer [n, dim]. fp8: round the linear layers' weights to it. UsageError where the device has no
+    fp8: round the linear layers' weights to it. UsageError where the device has no
     kernels for that. fp8_cache: keep keys and values in it.
     """
     place, kernels = torch.device(device), choose_kernels(torch.device(device))
@@ -120,9 +118,6 @@ def open_runner(
         from maestrale.torch_backend.triton.packed import round_linears
 
         round_linears(model)
-    if head is not None:
-        model.output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
-        model.output.weight = nn.Parameter(torch.from_numpy(head).to(model.norm.weight), requires_grad=False)
     if kernels == "triton":
         from maestrale.torch_backend.triton.runner import TritonRunner
 
