@@ -142,14 +142,17 @@ def open_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     return Adapter(deltas, str(path))
 
 
-def save_adapter(folder: str | Path, adapter: Adapter, config: ModelConfig, layout: str, force: bool = False) -> None:
-    """Writes `adapter` to `folder` in fp32, whole or not at all; UsageError for DoRA in the native layout."""
+def save_adapter(
+    folder: str | Path, adapter: Adapter, config: ModelConfig, layout: str, card: str, force: bool = False
+) -> None:
+    """Writes `adapter` to `folder` in fp32, with `card` as its README.md, whole or not at all; UsageError for DoRA in
+    the native layout."""
     with atomic_folder(folder, force) as partial:
-        write_adapter(partial, adapter, config, layout)
+        _write(partial, adapter, config, layout)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_adapter(folder: Path, adapter: Adapter, config: ModelConfig, layout: str) -> None:
-    """The same into a folder that is there already."""
+def _write(folder: Path, adapter: Adapter, config: ModelConfig, layout: str) -> None:
     deltas = adapter.deltas
     rank = Counter(delta.rank for delta in deltas.values()).most_common(1)[0][0]
     scale = Counter(delta.scale for delta in deltas.values()).most_common(1)[0][0]

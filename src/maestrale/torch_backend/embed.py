@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from maestrale.batch import Batch, lots, read_alone
+from maestrale.batch import lots, read_alone
+from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
 from maestrale.torch_backend.model import Transformer
 
@@ -19,13 +20,10 @@ def embed(
     last: bool,
     kernel: Kernel,
     max_chunk: int,
-    begin: Callable[[Batch], None],
+    adapters: Adapters | None,
 ) -> Iterator[list[NDArray[np.float32]] | None]:
     """Float32 [dim] of each text at the end; before, None after each chunk, so that the caller may do something else in
-    between.
-
-    begin: called with each chunk before the model is.
-    """
+    between."""
     weight, vectors = model.norm.weight, list[NDArray[np.float32]]()
     for lot in lots(texts, max_chunk):
         layout, batches = read_alone(lot, model.config.windows, max_chunk)
@@ -34,7 +32,8 @@ def embed(
             cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel)
             found_BD = torch.zeros(len(lot), model.config.dim, device=weight.device)
         for batch in batches:
-            begin(batch)
+            if adapters is not None:
+                adapters.begin(batch, weight.device)  # that no row has one
             with torch.inference_mode():
                 tokens_T, positions_T, starts = (
                     torch.from_numpy(array).to(weight.device)

@@ -53,24 +53,36 @@ class TorchRunner:
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
-        device = self.cache.device
-        tokens_T, positions_T, rows_N = (
-            torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
-        )
-        self._begin(batch)
-        watch = Watch(self.model) if batch.experts and self.model.config.moe else None
-        with memory_errors(), watch or nullcontext():
-            logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
-            return answer(logits_NV, batch.draws, watch.experts(rows_N) if watch else None)
+        logits_NV, experts = compute(self.model, self.cache, self.adapters, batch)
+        with memory_errors():
+            return answer(logits_NV, batch.draws, experts)
 
     def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
         with memory_errors():
-            yield from embed(self.model, texts, last, self.cache.kernel, self.layout.max_chunk, self._begin)
+            yield from embed(self.model, texts, last, self.cache.kernel, self.layout.max_chunk, self.adapters)
 
-    def _begin(self, batch: Batch) -> None:
-        """Before the model runs: whose rows are whose."""
-        if self.adapters is not None:
-            self.adapters.begin(batch, self.cache.device)
+
+def compute(
+    model: Transformer,
+    cache: PagedCache,
+    adapters: Adapters | None,
+    batch: Batch,
+    hidden_TD: torch.Tensor | None = None,
+    last: bool = True,
+) -> tuple[torch.Tensor, NDArray[np.int16] | None]:
+    """(logits [N, V], or of layers that are not the `last` hidden rows [T, dim]; the experts [N, layers, K] of the
+    wanted rows, where they are asked for). hidden_TD: what the layers before `model`'s gave."""
+    tokens_T, positions_T, rows_N = (
+        torch.from_numpy(array).to(cache.device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
+    )
+    x_TD = tokens_T if hidden_TD is None else hidden_TD
+    if adapters is not None:
+        adapters.begin(batch, cache.device)
+    watch = Watch(model) if batch.experts and model.config.moe else None
+    with memory_errors(), watch or nullcontext():
+        attend = cache.begin(batch)
+        out = model(x_TD, positions_T, attend, rows_N) if last else model.hidden_states(x_TD, positions_T, attend)
+        return out, watch.experts(rows_N) if watch else None
 
 
 @contextmanager
