@@ -230,17 +230,17 @@ const Model::Desk& Model::prepared(int64_t rows, int thread, const Prepare& prep
   return shared_;
 }
 
-// Calls work(first, last) on ranges that are `count` items in all. Half of them are divided beforehand, so that a
+// Calls work(first, last) on ranges that are `count` blocks in all. Half of them are divided beforehand, so that a
 // thread finds again what its cache holds; the others go in pieces to who is there first: a core that is slower than the
 // rest, or has other work to do, does less of them, and is waited for no longer than a piece takes.
 template <class Work>
-void Model::divide(int64_t count, int thread, const Work& work) {
+void Model::divide(int64_t count, int64_t rows, int thread, const Work& work) {
   std::atomic<int64_t>& taken = taken_[orders_[size_t(thread)].divisions++];
-  const int64_t fixed = count / 2, pieces = 4 * pool_.size();
-  const int64_t piece = std::max<int64_t>(1, (count - fixed) / pieces / kEven) * kEven;
-  const auto [first, last] = share(fixed, thread);
-  if (first < last) work(first, last);
-  for (int64_t from; (from = fixed + taken.fetch_add(piece, std::memory_order_relaxed)) < count;)
+  const int64_t tile = rows <= 6 ? 4 : 3;  // blocks that are multiplied at once, where vectors are longest
+  const int64_t own = count / 2 / pool_.size() / tile * tile, shared = own * pool_.size();
+  const int64_t piece = std::max<int64_t>(1, (count - shared) / (4 * pool_.size()) / tile) * tile;
+  if (own) work(own * thread, own * (thread + 1));
+  for (int64_t from; (from = shared + taken.fetch_add(piece, std::memory_order_relaxed)) < count;)
     work(from, std::min(from + piece, count));
 }
 
@@ -249,7 +249,7 @@ void Model::linears(std::initializer_list<std::pair<const Weight*, Output>> prod
                     int64_t rows, int thread) {
   int64_t blocks = 0;
   for (const auto& product : products) blocks += blocks_of(*product.first);
-  divide(blocks, thread, [&](int64_t first, int64_t last) {
+  divide(blocks, rows, thread, [&](int64_t first, int64_t last) {
     int64_t before = 0;
     for (const auto& [w, out] : products) {
       const int64_t begin = std::max(first - before, int64_t(0)), end = std::min(last - before, blocks_of(*w));
@@ -324,7 +324,7 @@ void Model::feed_forward(const Layer& layer, int64_t rows, int thread) {
     kernels_.norm(x_.data() + row * D, layer.ffn_norm, D, shape_.norm_eps, desk.normed.data() + row * D);
     desk.dim.prepare(kernels_, {&ffn.w1}, desk.normed.data(), D, row, row + 1);
   });
-  divide(blocks_of(ffn.w1), thread, [&](int64_t first, int64_t last) {
+  divide(blocks_of(ffn.w1), rows, thread, [&](int64_t first, int64_t last) {
     kernels_.swiglu(ffn.w1, ffn.w3, in.dim.rows(ffn.w1, 0, rows), first, last, {hidden_.data(), F});
   });
   pool_.barrier();
@@ -358,7 +358,7 @@ void Model::mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int
     pool_.barrier();
   }
   const auto experts = [&](int64_t blocks, auto multiply) {
-    divide(int64_t(order.busy.size()) * blocks, thread, [&](int64_t first, int64_t last) {
+    divide(int64_t(order.busy.size()) * blocks, rows * K / int64_t(order.busy.size()), thread, [&](int64_t first, int64_t last) {
       for (int64_t i = first / blocks; i * blocks < last; ++i) {
         const size_t e = size_t(order.busy[size_t(i)]);
         multiply(layer.experts[e], order.begins[e], order.begins[e + 1] - order.begins[e],

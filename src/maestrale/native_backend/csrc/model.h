@@ -20,7 +20,6 @@ namespace maestrale {
 
 constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
 constexpr size_t kDivisions = 5;  // of the work among threads, in a layer: four linear stages and attention
-constexpr int64_t kEven = 6;      // blocks: a multiple of what a tile spans
 
 struct Shape {
   int64_t dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, n_chosen;
@@ -129,7 +128,7 @@ class Model {
     return {count * thread / pool_.size(), count * (thread + 1) / pool_.size()};
   }
   template <class Work>
-  void divide(int64_t count, int thread, const Work& work);
+  void divide(int64_t count, int64_t rows, int thread, const Work& work);
   template <class Prepare>
   const Desk& prepared(int64_t rows, int thread, const Prepare& prepare);
 
