@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any, cast
 
 from make_checkpoint import CHECKPOINTS, SHAPES, make_checkpoint
 
@@ -81,6 +81,7 @@ class Worker:
                 text=True,
                 env=environ,
             )
+        self.questions, self.answers = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
         request = {"model": str(model), "weights": weights, "threads": chosen.threads}
         try:
             self.loaded = self.ask("load", **request, sequences=sequences, length=length)
@@ -97,8 +98,8 @@ class Worker:
 
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
         try:
-            print(json.dumps({"do": do, **what}), file=self.process.stdin, flush=True)
-            line = self.process.stdout.readline()
+            print(json.dumps({"do": do, **what}), file=self.questions, flush=True)
+            line = self.answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -115,13 +116,13 @@ class Worker:
 
     def close(self) -> None:
         with suppress(BrokenPipeError):
-            self.process.stdin.close()
+            self.questions.close()
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self.process.stdout.close()
+        self.answers.close()
 
     def _last_line(self) -> str:
         lines = self.log.read_text(errors="replace").split("\n")

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import IO, Any, cast
 
 from make_checkpoint import CHECKPOINTS, SHAPES, make_checkpoint
 
@@ -156,26 +156,23 @@ def work(side: str, folder: Path, backend: str) -> None:
 
 class Worker:
     def __init__(self, side: str, folder: Path, backend: str):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", side, str(folder), "--backend", backend],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.command = [sys.executable, __file__, "--worker", side, str(folder), "--backend", backend]
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.questions, self.answers = cast(IO[str], self.process.stdin), cast(IO[str], self.process.stdout)
         self._answer()
 
     def measure(self, kind: str) -> dict[str, Any]:
-        print(kind, file=self.process.stdin, flush=True)
+        print(kind, file=self.questions, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
+        line = self.answers.readline()
         if not line:
-            raise SystemExit(f"a worker ended with {self.process.wait()}: {' '.join(map(str, self.process.args))}")
+            raise SystemExit(f"a worker ended with {self.process.wait()}: {' '.join(self.command)}")
         return json.loads(line)
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.questions.close()
         self.process.wait()
 
 

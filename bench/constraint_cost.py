@@ -16,6 +16,7 @@ import statistics
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from compare_rivals import RESULTS, Book
 
@@ -43,7 +44,7 @@ class Stopwatch:
     """CPU time of this thread in some functions, in microseconds of each token."""
 
     def __init__(self) -> None:
-        self.spent, self.laps = 0, []
+        self.spent, self.laps = 0, list[float]()
 
     def wrap(self, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -98,7 +99,7 @@ def main() -> None:
 def steps(llm: LLM, constraint: Any, tokens: int, batch: int, temperature: float) -> tuple[list[float], list[float]]:
     """Microseconds of each decode step of `batch` sequences, by the clock; and of CPU time of the engine's thread, for
     each token, for choosing it and asking the constraint. The first step, which reads the prompts, is left out."""
-    watch, whole, consume, plain = Stopwatch(), [], Matcher.consume, growth.sample
+    watch, whole = Stopwatch(), list[float]()
     requests = [
         llm.submit(
             llm.tokenizer.encode(f"{PROMPT} {i}"),
@@ -106,16 +107,18 @@ def steps(llm: LLM, constraint: Any, tokens: int, batch: int, temperature: float
         )
         for i in range(batch)
     ]
-    Matcher.consume, growth.sample = watch.wrap(consume), watch.wrap(plain)
     try:
-        while llm.has_work:
-            start = time.perf_counter_ns()
-            pieces = llm.step()
-            if pieces:
-                whole.append((time.perf_counter_ns() - start) / 1000)
-                watch.lap(len(pieces))
+        with (
+            patch.object(Matcher, "consume", watch.wrap(Matcher.consume)),
+            patch.object(growth, "sample", watch.wrap(growth.sample)),
+        ):
+            while llm.has_work:
+                start = time.perf_counter_ns()
+                pieces = llm.step()
+                if pieces:
+                    whole.append((time.perf_counter_ns() - start) / 1000)
+                    watch.lap(len(pieces))
     finally:
-        Matcher.consume, growth.sample = consume, plain
         for request in requests:
             llm.abort(request)
     return whole[1:], watch.laps[1:]

@@ -62,8 +62,8 @@ def _attention(
         q = torch.randn(len(positions), H, C, dtype=_dtype(device), device=device)
         k, v = cache.pools[0][:, 0]
         expected = reference.attend(q, k, v, cache.begin(batch).groups[0])
-        on_device = [torch.from_numpy(array.astype(np.int32)).to(device) for array in (positions, table)]
-        got = attend(q, k, v, *on_device, deal(starts, H, G, device), 16, window)
+        positions_T, table_BR = (torch.from_numpy(array.astype(np.int32)).to(device) for array in (positions, table))
+        got = attend(q, k, v, positions_T, table_BR, deal(starts, H, G, device), 16, window)
         return error(got, expected), _allowed(q.dtype)
 
     return check
@@ -72,15 +72,15 @@ def _attention(
 def _experts(n_tokens: int, packed: bool = False) -> Callable[[torch.device, bool], Result]:
     def check(device: torch.device, tiny: bool) -> Result:
         D, F = (64, 32) if tiny else (1024, 3584)
-        layer = MixtureOfExperts(D, 2, (FeedForward(D, F) for _ in range(8)))
-        layer = layer.to(device, _dtype(device)).requires_grad_(False)
+        parts = [FeedForward(D, F) for _ in range(8)]
+        layer = MixtureOfExperts(D, 2, parts).to(device, _dtype(device)).requires_grad_(False)
         x = torch.randn(min(n_tokens, 12) if tiny else n_tokens, D, dtype=_dtype(device), device=device)
         if packed:
-            up = [_int4(part) for e in layer.experts for part in (e.w1, e.w3)]
-            w13, w2 = PackedStack(up), PackedStack([_int4(e.w2) for e in layer.experts])
-        else:
-            w13 = torch.stack([torch.stack([e.w1.weight, e.w3.weight]) for e in layer.experts])
-            w2 = torch.stack([e.w2.weight for e in layer.experts])
+            up, down = [_int4(linear) for e in parts for linear in (e.w1, e.w3)], [_int4(e.w2) for e in parts]
+            grouped = group(layer.gate(x), 2)
+            return error(experts(x, PackedStack(up), PackedStack(down), grouped), layer(x)), _allowed(x.dtype)
+        w13 = torch.stack([torch.stack([e.w1.weight, e.w3.weight]) for e in parts])
+        w2 = torch.stack([e.w2.weight for e in parts])
         return error(experts(x, w13, w2, group(layer.gate(x), 2)), layer(x)), _allowed(x.dtype)
 
     return check

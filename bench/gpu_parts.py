@@ -36,7 +36,7 @@ from maestrale.torch_backend.triton.attention import attend
 from maestrale.torch_backend.triton.choose import VARIABLE
 from maestrale.torch_backend.triton.packed import round_linears
 from maestrale.torch_backend.triton.runner import TritonRunner
-from maestrale.torch_backend.triton.tiles import deal
+from maestrale.torch_backend.triton.tiles import Tiles, deal
 
 LARGE = ModelConfig(4096, 32, 128, 14336, 32, 8, 32000, 1e-5, 1e6, (None,) * 32)
 SMALL = ModelConfig(64, 2, 16, 96, 4, 2, 128, 1e-5, 1e6, (None,) * 2)
@@ -226,9 +226,17 @@ class Bench:
             tiles = deal(np.array([0, chunk]), H, G, self.device)
             every = torch.arange(length, dtype=torch.int32, device=self.device)
 
-            def work(cache=cache, q=q, table=table, tiles=tiles, every=every, sight=sight) -> None:
+            def work(
+                cache: PagedCache = cache,
+                q: torch.Tensor = q,
+                table: torch.Tensor = table,
+                tiles: Tiles = tiles,
+                every: torch.Tensor = every,
+                sight: int | None = sight,
+            ) -> None:
+                k, v = cache.pools[0][:, 0]
                 for positions in every.split(chunk):
-                    attend(q, *cache.pools[0][:, 0], positions, table, tiles, cache.layout.page_size, sight)
+                    attend(q, k, v, positions, table, tiles, cache.layout.page_size, sight)
 
             times.append(self.seconds(work, 3))
             bytes_kept.append(cache.pools[0].nbytes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from gpu_inputs import mixed
 from gpu_parts import Bench
@@ -18,7 +21,7 @@ def theirs(bench: Bench) -> None:
         vocab_size=config.vocab_size, sliding_window=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     with torch.device("meta"):
-        model = transformers.MistralForCausalLM(shape)
+        model: Any = transformers.MistralForCausalLM(shape)
     model = model.to(bench.dtype).to_empty(device=bench.device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
@@ -35,7 +38,7 @@ def theirs(bench: Bench) -> None:
                 do_sample=False, pad_token_id=0, cache_implementation="static",
             )  # fmt: skip
 
-        whole, first = (bench.seconds(lambda n=n: run(n), 2) for n in (max(counts), 1))
+        whole, first = (bench.seconds(partial(run, n), 2) for n in (max(counts), 1))
         rate = (sum(counts) - size) / (whole - first)
         bench.report.add(f"transformers, {size} at once", rate, "tokens/s")
         if ours := bench.report.value("7B", f"7B: engine, {size} at once"):

@@ -13,6 +13,8 @@ import json
 import mmap
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -52,7 +54,8 @@ def weights(format: str, area: np.ndarray) -> tuple[list, int]:
     size = int(np.prod(shape)) * np.dtype(DTYPES[dtype]).itemsize
     made = []
     for at in range(0, len(area) - size + 1, size):
-        own = [None if parts.get(name) is None else parts[name].copy() for name in ("scales", "sums", "offsets")]
+        found = [parts.get(name) for name in ("scales", "sums", "offsets")]
+        own = [None if part is None else part.copy() for part in found]
         made.append(kernels.native.Weight(format, N, K, GROUP if format == "int4" else 0, area[at : at + size], *own))
     return made, size + sum(part.nbytes for part in parts.values() if part is not None)
 
@@ -60,10 +63,10 @@ def weights(format: str, area: np.ndarray) -> tuple[list, int]:
 class Clock:
     """Times of interleaved calls: `best` and `median` seconds of each."""
 
-    def __init__(self, now, seconds: float):
+    def __init__(self, now: Callable[[], float], seconds: float):
         self.now, self.seconds = now, seconds
 
-    def __call__(self, *calls) -> list[tuple[float, float]]:
+    def __call__(self, *calls: Callable[[int], object]) -> list[tuple[float, float]]:
         times: list[list[float]] = [[] for _ in calls]
         end, turn = time.perf_counter() + self.seconds * len(calls), 0
         while time.perf_counter() < end or turn < 5:
@@ -75,7 +78,7 @@ class Clock:
         return [(min(taken[1:]), statistics.median(taken[1:])) for taken in times]
 
 
-def torch_linear(area: np.ndarray, threads: int):
+def torch_linear(area: np.ndarray, threads: int) -> Callable[[np.ndarray], Callable[[int], object]] | None:
     """A function of (x, turn) → None: torch's bf16 linear on weights of the same memory; None without torch."""
     try:
         import torch
@@ -84,7 +87,7 @@ def torch_linear(area: np.ndarray, threads: int):
     torch.set_num_threads(threads)
     all_weights = torch.from_numpy(area).view(torch.bfloat16).view(-1, N, K)
 
-    def call(x: np.ndarray):
+    def call(x: np.ndarray) -> Callable[[int], object]:
         x_bf16 = torch.from_numpy(x).bfloat16()
         return lambda turn: torch.nn.functional.linear(x_bf16, all_weights[turn % len(all_weights)])
 
@@ -116,19 +119,24 @@ def main() -> None:
         at = turn % slices * (8 << 20)
         native.read_limit(pool, isa, area[at : at + (8 << 20)])
 
+    def multiply(format: str, turn: int) -> None:
+        native.multiply_limit(pool, isa, format, 100_000)
+
+    def linear(made: list, x: np.ndarray, y: np.ndarray, turn: int) -> None:
+        native.linear(pool, isa, made[turn % len(made)], x, y)
+
     results = []
     for format in options.formats.split(","):
         done = native.multiply_limit(pool, isa, format, 100_000)
-        ((peak_time, _),) = clock(lambda _, format=format: native.multiply_limit(pool, isa, format, 100_000))
+        ((peak_time, _),) = clock(partial(multiply, format))
         peak = done / peak_time / 1e12
         made, bytes_read = weights(format, area)
         for rows in map(int, options.rows.split(",")):
             x, y = np.random.default_rng(0).standard_normal((rows, K), np.float32), np.empty((rows, N), np.float32)
 
-            def linear(turn: int, made=made, x=x, y=y) -> None:
-                native.linear(pool, isa, made[turn % len(made)], x, y)
-
-            calls = [linear, read] + ([torch_call(x)] if torch_call else [])
+            calls: list[Callable[[int], object]] = [partial(linear, made, x, y), read]
+            if torch_call:
+                calls.append(torch_call(x))
             (best, median), (read_best, _), *others = clock(*calls)
             found = {
                 "format": format,

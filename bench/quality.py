@@ -25,11 +25,11 @@ from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.cli.evaluate import cut, score
-from maestrale.config import MAX_SIZE
 from maestrale.launch import model_folder
 from maestrale.plan import count_parameters
 from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.gptq import Calibrated
+from maestrale.values import MAX_SIZE
 
 RECIPES = {
     "int8": Recipe("int8"),

@@ -153,7 +153,7 @@ async def storm(server: Server) -> float:
     return time.perf_counter() - began
 
 
-def checks(result: Mapping[str, Any], exit_code: int) -> dict[str, bool]:
+def checks(result: Mapping[str, Any], exit_code: int | None) -> dict[str, bool]:
     return {
         "none lost": not result["outcomes"].get("lost"),
         "no 5xx": not result["outcomes"].get("server errors"),

@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import httpx
 from ray import serve
@@ -167,7 +167,7 @@ def beginning(body: bytes) -> str:
     go where the first went, and so do chats that share a long system prompt."""
     try:
         fields = json.loads(body)
-        said = fields.get("messages") or fields.get("prompt") or fields.get("input") or ""
+        said: Any = fields.get("messages") or fields.get("prompt") or fields.get("input") or ""
         if "messages" in fields:
             roles = [message.get("role") for message in said]
             said = said[: roles.index("user") + 1] if "user" in roles else said
@@ -202,7 +202,8 @@ def app(arguments: dict[str, str]) -> serve.Application:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     python = arguments.get("python", sys.executable)
     command = [python, *launcher, "-m", "maestrale", "serve", arguments["model"]]
-    replica = Replica.options(
+    replica, front = cast(Any, Replica), cast(Any, Front)  # the decorator has made deployments of both
+    replica = replica.options(
         autoscaling_config=AutoscalingConfig(
             min_replicas=int(fewest), max_replicas=int(most or fewest), target_ongoing_requests=AT_ONCE // 4
         ),
@@ -212,4 +213,4 @@ def app(arguments: dict[str, str]) -> serve.Application:
             "runtime_env": {"env_vars": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}},
         },
     )
-    return Front.options(num_replicas=1).bind(replica.bind([*command, *shlex.split(arguments.get("options", ""))]))
+    return front.options(num_replicas=1).bind(replica.bind([*command, *shlex.split(arguments.get("options", ""))]))

@@ -252,7 +252,7 @@ def check(model: str, requests: Path, seed: int) -> None:
     from maestrale import LLM, SamplingParams
 
     llm = LLM(model, max_len=1024)
-    asked, right = Counter(), Counter()
+    asked, right = Counter[str](), Counter[str]()
     for request in json.loads(requests.read_text(encoding="utf-8")):
         params = SamplingParams(max_tokens=400, temperature=0.7, top_p=0.9, seed=seed)
         reply = llm.chat([{"role": "user", "content": request["request"]}], params)

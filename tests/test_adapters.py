@@ -119,7 +119,7 @@ def trained(folder, config, targets, dora=False):
 def test_an_adapter_made_here_gives_the_same_logits_in_peft(dora, tmp_path):
     folder = base_folder(tmp_path / "base", DENSE)
     adapter = lora.to_adapter(trained(folder, DENSE, ["attention", "ffn"], dora))
-    save_adapter(tmp_path / "adapter", adapter, DENSE, "peft")
+    save_adapter(tmp_path / "adapter", adapter, DENSE, "peft", "")
     theirs = peft.PeftModel.from_pretrained(hf_model(DENSE), tmp_path / "adapter")
     (ours,) = LLM(folder, max_len=64, adapters={"a": tmp_path / "adapter"}).logits([IDS], adapter="a")
     expected = their_logits(theirs)
@@ -131,7 +131,7 @@ def test_an_adapter_made_here_gives_the_same_logits_in_peft(dora, tmp_path):
 def test_an_adapter_of_experts_made_here_gives_the_same_logits_in_peft(tmp_path):
     folder = base_folder(tmp_path / "base", MIXTURE)
     adapter = lora.to_adapter(trained(folder, MIXTURE, ["attention", "experts"]))
-    save_adapter(tmp_path / "adapter", adapter, MIXTURE, "peft")
+    save_adapter(tmp_path / "adapter", adapter, MIXTURE, "peft", "")
     theirs = peft.PeftModel.from_pretrained(hf_model(MIXTURE), tmp_path / "adapter")
     (ours,) = LLM(folder, max_len=64, adapters={"a": tmp_path / "adapter"}).logits([IDS], adapter="a")
     np.testing.assert_allclose(ours, their_logits(theirs), atol=2e-5)
@@ -142,7 +142,7 @@ def test_both_layouts_hold_the_same_adapter(config, tmp_path):
     folder = base_folder(tmp_path / "base", config)
     adapter = lora.to_adapter(trained(folder, config, ["attention", "router" if config.moe else "ffn"]))
     for layout in ("peft", "native"):
-        save_adapter(tmp_path / layout, adapter, config, layout)
+        save_adapter(tmp_path / layout, adapter, config, layout, "")
         read = open_adapter(tmp_path / layout, config)
         assert read.deltas.keys() == adapter.deltas.keys()
         for name, delta in adapter.deltas.items():
@@ -179,7 +179,7 @@ def test_several_adapters_in_one_batch_are_each_alone(config, tmp_path):
     folder, names = base_folder(tmp_path / "base", config), {}
     for i, (targets, dora) in enumerate(((["attention"], False), (["experts" if config.moe else "ffn", "head"], True))):
         model = trained(folder, config, targets, dora)
-        save_adapter(tmp_path / str(i), lora.to_adapter(model), config, "peft")
+        save_adapter(tmp_path / str(i), lora.to_adapter(model), config, "peft", "")
         names[f"a{i}"] = tmp_path / str(i)
     llm = LLM(folder, max_len=64, max_batch_tokens=16, adapters=names)  # several steps, chunks of all mixed
     asked = ["a0", None, "a1", "a1", "a0"]
@@ -287,9 +287,9 @@ def test_an_adapter_of_another_model_is_refused_before_a_weight_is_read(tmp_path
 def test_dora_has_no_native_form_and_a_shared_output_is_not_merged(tmp_path):
     folder = base_folder(tmp_path / "base", TIED)
     with pytest.raises(UsageError, match="no native form"):
-        save_adapter(tmp_path / "x", lora.to_adapter(trained(folder, TIED, ["wq"], dora=True)), TIED, "native")
+        save_adapter(tmp_path / "x", lora.to_adapter(trained(folder, TIED, ["wq"], dora=True)), TIED, "native", "")
     assert not (tmp_path / "x").exists()
-    save_adapter(tmp_path / "head", lora.to_adapter(trained(folder, TIED, ["head"])), TIED, "peft")
+    save_adapter(tmp_path / "head", lora.to_adapter(trained(folder, TIED, ["head"])), TIED, "peft", "")
     with pytest.raises(UsageError, match="shares with its embeddings"):
         convert(folder, tmp_path / "merged", adapter=tmp_path / "head")
     assert not (tmp_path / "merged").exists()

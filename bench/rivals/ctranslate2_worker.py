@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ctranslate2
 from protocol import serve
@@ -71,7 +73,7 @@ class CTranslate2:
             self.thread.join()
             self.thread = None
 
-    def _generate(self, prompts, tokens, callback) -> None:
+    def _generate(self, prompts: list[list[int]], tokens: int, callback: Callable[[Any], bool]) -> None:
         self.generator.generate_batch(
             [[self.pieces[token] for token in prompt] for prompt in prompts],
             max_length=tokens,

@@ -24,7 +24,7 @@ def make_environment(requirements: Path, folder: Path) -> None:
     if whole.exists() and whole.read_text() == wanted:
         return
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    words = [folder / "bin" / "python", "-m", "pip", "install", "--requirement", requirements]
+    words: list[str | Path] = [folder / "bin" / "python", "-m", "pip", "install", "--requirement", requirements]
     subprocess.run(words, check=True, env=os.environ | {"CMAKE_ARGS": COMPILE})
     whole.write_text(wanted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from kernels import memory
 from protocol import CONTEXT
@@ -30,7 +31,7 @@ def measure_limits(threads: int) -> dict[str, float | dict[str, float]]:
     operations = {}
     for bits in BITS:
         done = native.multiply_limit(pool, isa, bits, _PRODUCTS)
-        operations[bits] = done / best(lambda bits=bits: native.multiply_limit(pool, isa, bits, _PRODUCTS))
+        operations[bits] = done / best(partial(native.multiply_limit, pool, isa, bits, _PRODUCTS))
     return {"read_bytes_per_second": _AREA / best(read), "operations_per_second": operations}
 
 

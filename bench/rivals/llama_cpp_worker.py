@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import llama_cpp as lib
@@ -54,8 +54,11 @@ class LlamaCpp:
     def prefill(self, prompt: list[int]) -> None:
         shape = (1, len(prompt) + 1)
         if shape not in self.fastest:
-            self._choose(shape, lambda: (self._open_context(*shape, self.shape[2]), self._compute([prompt])))
-        self._open_context(*shape, self.fastest[shape])
+            self._choose(shape, lambda: self._read(shape, self.shape[2], prompt))
+        self._read(shape, self.fastest[shape], prompt)
+
+    def _read(self, shape: tuple[int, int], way: int, prompt: list[int]) -> None:
+        self._open_context(*shape, way)
         self._compute([prompt])
 
     def start(self, prompts: list[list[int]]) -> None:
@@ -105,7 +108,9 @@ class LlamaCpp:
         params.no_perf = True
         self.context, self.shape = lib.llama_init_from_model(self.model, params), (sequences, length, way)
 
-    def _decode(self, tokens, positions, sequences, wanted) -> list[int]:
+    def _decode(
+        self, tokens: Sequence[int], positions: Sequence[int], sequences: Sequence[int], wanted: set[int]
+    ) -> list[int]:
         """One batch; the greedy tokens of its rows in `wanted`."""
         self.batch.n_tokens = len(tokens)
         rows = zip(tokens, positions, sequences, strict=True)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
@@ -24,7 +25,7 @@ class OnnxRuntime:
         config.overlay(json.dumps(options))
         self.model = genai.Model(config)
         self.length = length
-        self.generator = None
+        self.generator: Any = None
 
     @staticmethod
     def prepare(source: Path, target: Path, weights: str) -> None:

@@ -166,8 +166,9 @@ class Drawing(Runner, Protocol):
 class Embedding(Runner, Protocol):
     """A runner that also gives texts as vectors, beside its cache."""
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
-        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
+    def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
+        """What the output layer would read of each text, float32 [dim], after a None for each chunk: the mean over its
+        tokens, or that of its `last` one."""
         ...
 
 

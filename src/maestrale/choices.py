@@ -54,7 +54,6 @@ class Options:
     expert_parallel: int = 1
     distributed_timeout: float = 120.0  # seconds, of a rank that should answer
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
-    classes: bool = False  # a classifier's scores in place of logits
 
 
 def check_options(options: Options) -> None:

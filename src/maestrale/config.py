@@ -7,15 +7,14 @@ silent are rules N1 to N4 of docs/numerics.md.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from maestrale.errors import ConfigError, shown
+from maestrale.values import MAX_SIZE, ValueReader, whole
 
-MAX_SIZE = (1 << 31) - 1  # no dimension, nor a text, comes near; keeps every product inside 64 bits
 DEFAULT_CONTEXT = 32_768  # where a model's folder does not say; the length Mistral 7B was trained to use
 MAX_LAYERS = 1000  # these two bound the table of tensors, which is built before any weight is looked at
 MAX_EXPERTS = 20_000  # in all layers together
@@ -54,7 +53,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "vocab_size"):
-            _whole(name, getattr(self, name), limit=MAX_LAYERS if name == "n_layers" else MAX_SIZE)
+            whole(name, getattr(self, name), limit=MAX_LAYERS if name == "n_layers" else MAX_SIZE)
         if self.head_dim % 2:
             raise ConfigError(f"head_dim = {self.head_dim}: must be even, RoPE turns its entries in pairs")
         if self.n_heads % self.n_kv_heads:
@@ -70,12 +69,12 @@ class ModelConfig:
             raise ConfigError(f"sliding_window has {len(self.sliding_window)} entries for {self.n_layers} layers")
         for window in self.sliding_window:
             if window is not None:
-                _whole("sliding_window", window)
+                whole("sliding_window", window)
         if self.max_position_embeddings is not None:
-            _whole("max_position_embeddings", self.max_position_embeddings)
+            whole("max_position_embeddings", self.max_position_embeddings)
         if self.moe is not None:
-            _whole("moe.num_experts", self.moe.num_experts, limit=MAX_EXPERTS // self.n_layers)
-            _whole("moe.num_experts_per_tok", self.moe.num_experts_per_tok)
+            whole("moe.num_experts", self.moe.num_experts, limit=MAX_EXPERTS // self.n_layers)
+            whole("moe.num_experts_per_tok", self.moe.num_experts_per_tok)
             if self.moe.num_experts_per_tok > self.moe.num_experts:
                 raise ConfigError(
                     f"moe.num_experts_per_tok = {self.moe.num_experts_per_tok} is more than "
@@ -90,7 +89,7 @@ class ModelConfig:
     @classmethod
     def from_mistral(cls, params: Mapping[str, Any], source: str = "params.json") -> ModelConfig:
         """From the keys of a params.json. Errors name key, value and `source`; unknown keys are warned of by name."""
-        reader = _Reader(params, source)
+        reader = ValueReader(params, source)
         for key in ("vision_encoder", "mamba", "ssm_cfg", "audio_encoder", "multimodal"):
             reader.refuse(key, "text models only")
         for key in ("yarn", "rope_scaling", "llama_4_scaling", "use_biases", "attn_bias", "q_lora_rank"):
@@ -105,7 +104,7 @@ class ModelConfig:
         theta = reader.number("rope_theta", 1e4 if any(windows) else 1e6)  # N1
         moe = None
         if (section := reader.get("moe")) is not None:
-            moe_reader = _Reader(reader.mapping("moe", section), source, "moe.")
+            moe_reader = ValueReader(reader.mapping("moe", section), source, "moe.")
             moe = MoeConfig(moe_reader.whole("num_experts"), moe_reader.whole("num_experts_per_tok"))
             moe_reader.warn_unknown()
         dim, n_heads = reader.whole("dim"), reader.whole("n_heads")
@@ -131,7 +130,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """From the keys of a Hugging Face config.json of type mistral, ministral or mixtral."""
-        reader = _Reader(config, source)
+        reader = ValueReader(config, source)
         model_type = reader.get("model_type")
         if reader.get("vision_config") is not None or reader.get("text_config") is not None:
             raise ConfigError(f"{source}: a model with vision or several towers; this program runs text models only")
@@ -265,7 +264,7 @@ _HF_SILENT = (
 )
 
 
-def _hf_windows(reader: _Reader, n_layers: int, mixture: bool) -> tuple[int | None, ...]:
+def _hf_windows(reader: ValueReader, n_layers: int, mixture: bool) -> tuple[int | None, ...]:
     window = reader.get("sliding_window") if "sliding_window" in reader.values or mixture else 4096
     windows = _tile_windows(window, n_layers, reader.source)
     types = reader.get("layer_types")
@@ -291,7 +290,7 @@ def _tile_windows(pattern: Any, n_layers: int, source: str) -> tuple[int | None,
             if not text.isascii() or not text.isdigit() or len(text) > 10:
                 raise ConfigError(f"{source}: sliding_window = {shown(item)}: expected a whole number or null")
             item = int(text)
-        windows.append(None if item is None else _whole("sliding_window", item, source))
+        windows.append(None if item is None else whole("sliding_window", item, source))
     if len(windows) > n_layers or n_layers % len(windows):
         raise ConfigError(f"{source}: sliding_window has {len(windows)} entries, which do not tile {n_layers} layers")
     return tuple(windows[i % len(windows)] for i in range(n_layers))
@@ -299,73 +298,3 @@ def _tile_windows(pattern: Any, n_layers: int, source: str) -> tuple[int | None,
 
 def _quotient(dim: int, n_heads: int) -> int | None:
     return dim // n_heads if dim % n_heads == 0 else None
-
-
-def _whole(name: str, value: Any, source: str = "", limit: int = MAX_SIZE) -> int:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
-        where = f"{source}: " if source else ""
-        raise ConfigError(f"{where}{name} = {shown(value)}: expected a whole number from 1 to {limit}")
-    return value
-
-
-class _Reader:
-    """Takes values out of a mapping, remembers which, and says where a wrong one stands."""
-
-    def __init__(self, values: Mapping[str, Any], source: str, prefix: str = ""):
-        self.values, self.source, self.prefix = values, source, prefix
-        self.used: set[str] = set()
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.used.add(key)
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def refuse(self, key: str, why: str) -> None:
-        if self.get(key) not in (None, False):
-            raise ConfigError(f"{self.source}: {self.prefix}{key} is set: {why}")
-
-    def whole(self, key: str, default: int | None = None, limit: int = MAX_SIZE) -> int:
-        value = self.get(key, default)
-        if value is None:
-            raise ConfigError(f"{self.source}: {self.prefix}{key} is missing: expected a whole number")
-        return _whole(self.prefix + key, value, self.source, limit)
-
-    def optional_whole(self, *keys: str) -> int | None:
-        found = [value for key in keys if (value := self.get(key)) is not None]
-        return _whole(keys[0], found[0], self.source) if found else None
-
-    def number(self, key: str, default: float) -> float:
-        return self.as_number(key, self.get(key), default)
-
-    def as_number(self, key: str, value: Any, default: float) -> float:
-        self.used.add(key)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{self.source}: {self.prefix}{key} = {shown(value)}: expected a finite number")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.get(key, False)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.source}: {self.prefix}{key} = {shown(value)}: expected true or false")
-        return value
-
-    def mapping(self, key: str, value: Any) -> Mapping[str, Any]:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{self.source}: {self.prefix}{key} = {shown(value)}: expected an object")
-        return value
-
-    def build(self, cls: type[ModelConfig], **values: Any) -> ModelConfig:
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            raise ConfigError(f"{self.source}: {error}") from None
-
-    def warn_unknown(self, *silent: str) -> None:
-        unknown = sorted(set(self.values) - self.used - set(silent))
-        if unknown:
-            names = ", ".join(self.prefix + name for name in unknown)
-            warnings.warn(f"{self.source}: ignoring unknown keys: {names}", stacklevel=3)

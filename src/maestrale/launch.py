@@ -32,7 +32,6 @@ from maestrale.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from maestrale.checkpoint.adapter import Adapter
-    from maestrale.checkpoint.classifier import Classifier
     from maestrale.parallel.link import Link
 
 T = TypeVar("T")
@@ -45,7 +44,7 @@ class Launched:
     """A model that is ready to run, and on what. tokenizer_error: why there is none, where there is none.
 
     dtype: what it computes in, a safetensors name. tensor_bytes: what each tensor takes in memory, by canonical name.
-    element_bytes: what a number takes in the cache. labels: a classifier's, where it is one that runs.
+    element_bytes: what a number takes in the cache.
     """
 
     config: ModelConfig
@@ -57,7 +56,6 @@ class Launched:
     dtype: str
     tensor_bytes: dict[str, float]
     element_bytes: float
-    labels: tuple[str, ...] = ()
 
     @property
     def description(self) -> str:
@@ -84,7 +82,6 @@ class _Setup:
     options: Options
     checkpoint: Checkpoint
     adapters: list[Adapter]
-    classifier: Classifier | None
     backend: str
     device: str
     dtype: str
@@ -148,7 +145,6 @@ def launch(
         setup.dtype,
         setup.tensor_bytes,
         setup.element_bytes,
-        () if setup.classifier is None else setup.classifier.labels,
     )
 
 
@@ -156,7 +152,6 @@ def _check_ranks(options: Options) -> None:
     for what, asked in (
         ("weights fp8 do not run", options.weights == "fp8"),
         ("cache fp8 does not run", options.cache == "fp8"),
-        ("classes are not computed", options.classes),
     ):
         if asked:
             raise UsageError(f"{what} over several ranks: start a single process")
@@ -168,12 +163,12 @@ def _set_up(
     """Backend, device, formats and memory. MemoryLimitError where the weights alone do not fit into one process."""
     config = checkpoint.config
     sharded = link is not None and link.mesh.tensor > 1
-    only_torch = sharded or bool(options.adapters) or options.classes
+    only_torch = sharded or bool(options.adapters)
     if only_torch and options.backend == "native":
-        raise UsageError("backend native: adapters, classes and --tensor-parallel need backend torch")
+        raise UsageError("backend native: adapters and --tensor-parallel need backend torch")
     backend, device = choose_backend(replace(options, backend="torch") if only_torch else options)
     together = link.agree if link else _alone
-    adapters, classifier = together(lambda: _additions(options, checkpoint))
+    adapters = together(lambda: _adapters(options, checkpoint))
     dtype, weights = choose_formats(options, backend, checkpoint)
     sharing = stages = 1
     if link is not None:
@@ -187,7 +182,6 @@ def _set_up(
         options=options,
         checkpoint=checkpoint,
         adapters=adapters,
-        classifier=classifier,
         backend=backend,
         device=device,
         dtype=dtype,
@@ -206,18 +200,12 @@ def _set_up(
     return setup
 
 
-def _additions(options: Options, checkpoint: Checkpoint) -> tuple[list[Adapter], Classifier | None]:
-    """What is asked for beside the model itself; imported here, since few ask."""
-    adapters, classifier = [], None
-    if options.adapters:
-        from maestrale.checkpoint.adapter import open_adapter
+def _adapters(options: Options, checkpoint: Checkpoint) -> list[Adapter]:
+    if not options.adapters:
+        return []
+    from maestrale.checkpoint.adapter import open_adapter  # few ask for them
 
-        adapters = [open_adapter(place, checkpoint.config) for place in options.adapters.values()]
-    if options.classes:
-        from maestrale.checkpoint.classifier import read_classifier
-
-        classifier = read_classifier(checkpoint.folder, checkpoint.config)
-    return adapters, classifier
+    return [open_adapter(place, checkpoint.config) for place in options.adapters.values()]
 
 
 def _open_alone(setup: _Setup) -> Runner:
@@ -237,7 +225,6 @@ def _open_alone(setup: _Setup) -> Runner:
         setup.device,
         setup.progress,
         setup.adapters,
-        head=None if setup.classifier is None else setup.classifier.weight,
         fp8=setup.weights == "fp8",
         fp8_cache=options.cache == "fp8",
     )

@@ -27,6 +27,7 @@ from maestrale.text.tokenizer import Tokenizer
 __all__ = ["LLM", "Completion", "Request"]
 
 Prompt = str | Sequence[int]
+NO_VECTORS = "embeddings and classes are not computed over several ranks: start a single process"
 _TELL_EVERY = 0.1  # seconds, of progress
 
 
@@ -53,7 +54,6 @@ class LLM:
     prefix_cache: keep the pages of what was computed, for prompts that begin alike.
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
     either.
-    classes: what Reader asks for: the scores of a folder's classifier in place of logits.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
 
     Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
@@ -82,7 +82,6 @@ class LLM:
         cache: str = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
-        classes: bool = False,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         options = Options(
@@ -103,21 +102,14 @@ class LLM:
             expert_parallel=expert_parallel,
             distributed_timeout=distributed_timeout,
             adapters=adapters or {},
-            classes=classes,
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
-        self._writes = not classes
         self._news: dict[Request, deque[tuple[Request, Completion]]] = {}  # where whose pieces are put
 
     @property
     def config(self) -> ModelConfig:
         return self._launched.config
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Of a classifier that was opened for its classes."""
-        return self._launched.labels
 
     @property
     def description(self) -> str:
@@ -257,18 +249,19 @@ class LLM:
     def has_work(self) -> bool:
         return self._engine.has_work
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
-        """The mean of each text's last hidden states, float32 [dim]; before them a None for each chunk, where a server
-        may do something else. RequestError where a text is too long, or the model cannot do it."""
+    def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
+        """What the output layer would read of each text, float32 [dim]: the mean over its tokens, or that of its `last`
+        one; before them a None for each chunk, where a server may do something else. RequestError where a text is too
+        long, or the model cannot do it."""
         runner = self._engine.runner
         if not isinstance(runner, Embedding):
-            raise RequestError("embeddings are not computed over several ranks: start a single process", "model")
+            raise RequestError(NO_VECTORS, "model")
         for ids in texts:
             if not 0 < len(ids) <= self.max_len:
                 raise RequestError(f"input: a text of {len(ids)} tokens: expected 1 to {self.max_len}", "input")
             if min(ids) < 0 or max(ids) >= self.config.vocab_size:
                 raise RequestError(f"input: expected token ids from 0 to {self.config.vocab_size - 1}", "input")
-        return runner.embed(texts)
+        return runner.embed(texts, last)
 
     def _submit(
         self,
@@ -279,8 +272,6 @@ class LLM:
         reply: bool = False,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
-        if not self._writes and not keep_logits:
-            raise RequestError("this model was opened for its classes, and does not write: open it with classes=False")
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(adapters) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")

@@ -9,40 +9,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maestrale.errors import RequestError
-from maestrale.llm import LLM
-
-_TOGETHER = 64  # texts whose rows are held at once
+from maestrale.checkpoint.classifier import WEIGHTS, read_classifier
+from maestrale.errors import CheckpointError, RequestError, UsageError
+from maestrale.launch import model_folder
+from maestrale.llm import LLM, NO_VECTORS
+from maestrale.parallel.launcher import world
 
 
 class Reader:
     """A model folder, open to be read with.
 
-    classes: score the classes of a folder that `finetune --task classify` wrote; else what its layers say of each
-    token. options: those of LLM. Errors: LLM's; CheckpointError where the folder holds no classifier.
+    classes: also the classes of a folder that `finetune --task classify` wrote. options: those of LLM. Errors: LLM's;
+    CheckpointError where the folder holds no classifier.
     """
 
     def __init__(self, path: str | Path | None = None, classes: bool = False, **options: Any):
-        self._llm = LLM(path, classes=classes, **options)
-        self.labels = self._llm.labels
+        if world()[1] > 1:
+            raise UsageError(NO_VECTORS)
+        classifier = read_classifier(model_folder(path)) if classes else None
+        self._llm = LLM(path, **options)
+        self.labels: tuple[str, ...] = ()
+        if classifier is not None:
+            self.labels, self._weight_KD = classifier.labels, classifier.weight
+            if (width := self._weight_KD.shape[1]) != self._llm.config.dim:
+                raise CheckpointError(f"{path}: {WEIGHTS}: expected rows of dim = {self._llm.config.dim}, got {width}")
 
     def embed(self, texts: Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
         """The mean over each text's tokens, begin-of-text included, of what the output layer would read: fp32 [dim].
 
         A token sees those before it and none after: these are embeddings of a causal model.
         """
-        if self.labels:
-            raise RequestError("this model was opened for its classes: open it with classes=False", "texts")
-        *_, vectors = self._llm.embed(self._ids(texts))
-        return vectors or []
+        return self._vectors(texts, last=False)
 
     def scores(self, texts: Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
         """Float32 [classes] for each text, from its last token, before any softmax; in the order of `labels`."""
         if not self.labels:
             raise RequestError("this model was opened for embeddings: open it with classes=True", "texts")
-        ids = self._ids(texts)
-        parts = (ids[start : start + _TOGETHER] for start in range(0, len(ids), _TOGETHER))
-        return [rows_TK[-1] for part in parts for rows_TK in self._llm.logits(part)]
+        return [self._weight_KD @ vector_D for vector_D in self._vectors(texts, last=True)]
 
     def classify(self, texts: Sequence[str | Sequence[int]]) -> list[dict[str, float]]:
         """For each text the probability of each label, the likeliest first."""
@@ -53,5 +56,7 @@ class Reader:
             found.append(dict(sorted(shares, key=lambda share: -share[1])))
         return found
 
-    def _ids(self, texts: Sequence[str | Sequence[int]]) -> list[Sequence[int]]:
-        return [self._llm.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
+    def _vectors(self, texts: Sequence[str | Sequence[int]], last: bool) -> list[NDArray[np.float32]]:
+        ids = [self._llm.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
+        *_, vectors = self._llm.embed(ids, last)
+        return vectors or []

@@ -186,12 +186,12 @@ def test_bench_tells_how_busy_each_rank_was_and_what_it_holds(split, folder):
 REFUSED = {  # what does not run over ranks → what is said
     "generate -p Once --weights fp8": "weights fp8 do not run over several ranks: start a single process",
     "generate -p Once --cache fp8": "cache fp8 does not run over several ranks: start a single process",
-    "embed --text Once": "embeddings are not computed over several ranks: start a single process",
-    "classify --text Once": "classes are not computed over several ranks: start a single process",
+    "embed --text Once": "embeddings and classes are not computed over several ranks: start a single process",
+    "classify --text Once": "embeddings and classes are not computed over several ranks: start a single process",
     "generate -p Once --num-pipeline-ranks 3": "3 pipeline ranks of 1 shards are 3 processes; 2 were started: "
     "start with  torchrun --nproc-per-node 3",
-    "generate -p Once --tensor-parallel 2 --backend native": "backend native: adapters, classes and --tensor-parallel "
-    "need backend torch",
+    "generate -p Once --tensor-parallel 2 --backend native": "backend native: adapters and --tensor-parallel need "
+    "backend torch",
 }
 
 

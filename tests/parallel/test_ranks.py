@@ -105,7 +105,7 @@ def models(tmp_path_factory):
             made[f"{name}-{PACKED[name]}"] = (model, packed)
         if name in ADAPTED:
             adapter = tmp_path_factory.mktemp("adapter") / name
-            save_adapter(adapter, random_adapter(config), config, "native")
+            save_adapter(adapter, random_adapter(config), config, "native", "")
             merged = tmp_path_factory.mktemp("merged") / name
             convert(folder, merged, "native", adapter=adapter)
             made[f"{name}-adapter"], made[f"{name}-merged"] = (None, adapter), (None, merged)

@@ -1,4 +1,5 @@
 import json
+from itertools import chain
 
 import pytest
 from hypothesis import given, settings
@@ -6,7 +7,9 @@ from hypothesis import strategies as st
 from text_samples import FILES, TEXTS, tiny_tekken
 
 from maestrale.errors import CheckpointError
+from maestrale.text.stream import StreamDecoder
 from maestrale.text.tokenizer import load_tokenizer
+from maestrale.text.vocabulary import Pieces
 
 SIZES = {name: FILES[name][1] for name in ("v1", "v3", "tekken")}
 
@@ -210,6 +213,58 @@ def test_a_tokenizer_json_encodes_as_the_library_does_and_never_to_control_token
     assert tokenizer.bos_id not in ids
     assert tokenizer.eos_id not in ids
     assert tokenizer.encode("he")[0] == tokenizer.bos_id == model.token_to_id("<s>")
+
+
+HALVES = [bytes([lead]) for lead in (0x41, 0x80, 0x90, 0xA0, 0xBF, 0xC0, 0xC3, 0xE0, 0xE2, 0xED, 0xF0, 0xF4, 0xFF)]
+
+
+@pytest.mark.parametrize("breaks", [True, False], ids=["controls break", "controls vanish"])
+@pytest.mark.parametrize("errors", ["replace", "surrogateescape"])
+def test_what_follows_a_text_needs_no_more_of_it_than_its_two_ends(errors, breaks):
+    shown = [None, b"", b" a", "é🦊".encode(), "🦊".encode()[:3], "🦊".encode()[1:], *HALVES]
+    pieces = Pieces(shown, {1: b"", 2: b"a"}, errors, breaks, opening_repeats=True)
+    ids = st.integers(0, len(shown) - 1)
+
+    @settings(max_examples=3000, deadline=None)
+    @given(st.lists(ids, max_size=9), st.lists(ids, max_size=3))
+    def check(before, then):
+        whole, ends = StreamDecoder(pieces), StreamDecoder(pieces)
+        for token_id in before:
+            whole.push(token_id)
+        ends.follow(before)
+        assert ends.drops_space == whole.drops_space
+        assert streamed(ends, then) == streamed(whole, then)
+
+    check()
+
+
+@pytest.mark.parametrize("name", [*SIZES, *MADE])
+def test_a_stream_after_a_prompt_is_that_of_a_decoder_that_read_all_of_it(name, ours, tmp_path):
+    tokenizer = ours(name) if name in SIZES else load(MADE[name](), tmp_path, 400)
+    ids = st.integers(0, min(tokenizer.vocab_size - 1, 1300)) | st.integers(0, tokenizer.vocab_size - 1)
+    spelled = st.text(max_size=4).map(lambda text: tokenizer.encode(text, bos=False))
+    parts = st.lists(spelled | st.lists(ids, max_size=3), max_size=5).map(lambda found: list(chain(*found)))
+
+    @settings(max_examples=400, deadline=None)
+    @given(parts, st.integers(0, 3), parts)
+    def check(prompt, cut, then):
+        prompt = prompt[: len(prompt) - cut]
+        whole = tokenizer.stream()
+        for token_id in prompt:
+            whole.push(token_id)
+        ends = tokenizer.stream(after=prompt)
+        assert ends.drops_space == whole.drops_space
+        assert streamed(ends, then) == streamed(whole, then)
+
+    check()
+
+
+def test_of_a_long_prompt_a_few_ids_are_read(ours, monkeypatch):
+    tokenizer, read = ours("v3"), []
+    push = StreamDecoder.push
+    monkeypatch.setattr(StreamDecoder, "push", lambda self, token_id: read.append(token_id) or push(self, token_id))
+    tokenizer.stream(after=tokenizer.encode("Once upon a time there was a fox. " * 500))
+    assert len(read) < 10
 
 
 def test_good_characters_beside_a_wrong_byte_survive_in_a_tokenizer_json(tmp_path):

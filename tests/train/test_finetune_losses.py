@@ -48,7 +48,7 @@ def build(config, made, tmp_path, classes=0):
 
 def their_adapter(config, model, tmp_path):
     """Our fresh adapter on their model, free to learn."""
-    save_adapter(tmp_path / "adapter", lora.to_adapter(model), config, "peft")
+    save_adapter(tmp_path / "adapter", lora.to_adapter(model), config, "peft", "")
     return peft.PeftModel.from_pretrained(hf_model(config), tmp_path / "adapter", is_trainable=True)
 
 

@@ -9,20 +9,18 @@ Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353.
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maestrale.checkpoint import peft_settings
 from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, cast, is_finite
-from maestrale.checkpoint.hf import has_permuted_rows, hf_name, to_hf_rows, to_native_rows
+from maestrale.checkpoint.hf import has_permuted_rows, to_hf_rows, to_native_rows
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.safetensors_room import open_safetensors
 from maestrale.checkpoint.writer import atomic_folder, write_json, write_safetensors
@@ -33,27 +31,8 @@ from maestrale.plan import tensor_plan
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NATIVE_CONFIG, NATIVE_WEIGHTS = "params.json", "lora.safetensors"
 LAYOUTS = ("peft", "native")
-_PEFT_PREFIX = "base_model.model."
 _EMBEDDING = "tok_embeddings.weight"
-_LARGEST = float(np.finfo(np.float32).max)  # scales are multiplied in float32
 _DEFAULT_SCALING = 2.0  # of the reference, whose loader takes a bare file
-# Settings of PEFT that change the numbers in ways unknown here → the value that does not.
-_PEFT_PLAIN: dict[str, Any] = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "modules_to_save": None,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-}
-# Weights of the base model that PEFT writes beside an adapter that touches the head, as they were.
-_BASE_COPIES = {_PEFT_PREFIX + n for n in ("lm_head.base_layer.weight", "lm_head.weight", "model.embed_tokens.weight")}
-_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.|\.\*){1,200}\$?")
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # others change the base model's weights as well
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +90,7 @@ def open_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     """
     path = Path(path)
     if (path / PEFT_CONFIG).exists():
-        settings: _PeftSettings | _NativeSettings = _PeftSettings(path / PEFT_CONFIG)
+        settings: peft_settings.PeftSettings | _NativeSettings = peft_settings.PeftSettings(path / PEFT_CONFIG)
         file = path / PEFT_WEIGHTS
     else:
         file = path / NATIVE_WEIGHTS if path.is_dir() else path
@@ -143,14 +122,17 @@ def open_adapter(path: str | Path, config: ModelConfig) -> Adapter:
     return Adapter(deltas, str(path))
 
 
-def save_adapter(folder: str | Path, adapter: Adapter, config: ModelConfig, layout: str, force: bool = False) -> None:
-    """Writes `adapter` to `folder` in fp32, whole or not at all; UsageError for DoRA in the native layout."""
+def save_adapter(
+    folder: str | Path, adapter: Adapter, config: ModelConfig, layout: str, card: str, force: bool = False
+) -> None:
+    """Writes `adapter` to `folder` in fp32, with `card` as its README.md, whole or not at all; UsageError for DoRA in
+    the native layout."""
     with atomic_folder(folder, force) as partial:
-        write_adapter(partial, adapter, config, layout)
+        _write(partial, adapter, config, layout)
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def write_adapter(folder: Path, adapter: Adapter, config: ModelConfig, layout: str) -> None:
-    """The same into a folder that is there already."""
+def _write(folder: Path, adapter: Adapter, config: ModelConfig, layout: str) -> None:
     deltas = adapter.deltas
     rank = Counter(delta.rank for delta in deltas.values()).most_common(1)[0][0]
     scale = Counter(delta.scale for delta in deltas.values()).most_common(1)[0][0]
@@ -170,81 +152,13 @@ def write_adapter(folder: Path, adapter: Adapter, config: ModelConfig, layout: s
             for part, array in parts.items():
                 if part != "lora_A.weight" and has_permuted_rows(f"{name}.weight"):
                     array = _rows(to_hf_rows, array, config.head_dim)
-                tensors[f"{_PEFT_PREFIX}{_hf_module(name)}.{part}"] = array
-        write_json(folder / PEFT_CONFIG, _peft_settings(adapter, rank, scale))
+                tensors[f"{peft_settings.module(name)}.{part}"] = array
+        layers = {name: (delta.rank, delta.scale) for name, delta in deltas.items()}
+        dora = any(delta.magnitude is not None for delta in deltas.values())
+        write_json(folder / PEFT_CONFIG, peft_settings.to_settings(layers, rank, scale, dora))
     entries = [(name, "F32", array.shape) for name, array in tensors.items()]
     stored = (StoredTensor.from_array(array, "F32") for array in tensors.values())
     write_safetensors(folder / (NATIVE_WEIGHTS if layout == "native" else PEFT_WEIGHTS), entries, stored)
-
-
-def _peft_settings(adapter: Adapter, rank: int, scale: float) -> dict[str, Any]:
-    alpha = scale * rank
-    ranks = {_hf_module(name): d.rank for name, d in adapter.deltas.items() if d.rank != rank}
-    alphas = {_hf_module(name): d.scale * d.rank for name, d in adapter.deltas.items() if d.scale * d.rank != alpha}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted({_hf_module(name).rpartition(".")[2] for name in adapter.deltas}),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "use_dora": any(delta.magnitude is not None for delta in adapter.deltas.values()),
-        "use_rslora": False,
-    }
-
-
-class _PeftSettings:
-    """adapter_config.json, checked: how modules are named, and each one's rank and scale."""
-
-    permuted = True
-
-    def __init__(self, source: Path):
-        self.settings, self.source = read_json(source), source
-        if (kind := self.settings.get("peft_type")) != "LORA":
-            raise CheckpointError(f"{source}: peft_type = {kind!r}: expected LORA")
-        for key, plain in _PEFT_PLAIN.items():
-            if (value := self.settings.get(key, plain)) not in (plain, None, [], {}):
-                raise CheckpointError(f"{source}: {key} = {value!r:.60}: expected {plain!r}, nothing else is supported")
-        if (start := self.settings.get("init_lora_weights", True)) not in _PLAIN_STARTS:
-            raise CheckpointError(
-                f"{source}: init_lora_weights = {start!r:.60} changes the base model's weights: "
-                "convert the adapter to a plain one with peft first"
-            )
-        for key in ("rank_pattern", "alpha_pattern"):
-            patterns = self.settings.get(key) or {}
-            if not isinstance(patterns, dict) or not all(map(_is_harmless, patterns)):
-                raise CheckpointError(
-                    f"{source}: {key} = {patterns!r:.60}: expected modules (. and .* allowed) and numbers"
-                )
-
-    def module(self, name: str) -> str:
-        return _PEFT_PREFIX + _hf_module(name)
-
-    def rank(self, name: str) -> int:
-        rank = self._value("r", "rank_pattern", name)
-        if type(rank) is not int or not 1 <= rank < 1 << 20:
-            raise CheckpointError(f"{self.source}: r = {rank!r:.60}: expected a whole number of at least 1")
-        return rank
-
-    def scale(self, name: str) -> float:
-        alpha, rank = self._value("lora_alpha", "alpha_pattern", name), self.rank(name)
-        if type(alpha) not in (int, float) or not 0 < alpha <= _LARGEST:
-            raise CheckpointError(
-                f"{self.source}: lora_alpha = {alpha!r:.60}: expected a number above 0 that float32 holds"
-            )
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
-
-    def _value(self, key: str, patterns: str, name: str) -> Any:
-        """That of the first pattern that a module's name ends with, else the general one."""
-        for pattern, special in (self.settings.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", _hf_module(name)):
-                return special
-        return self.settings.get(key)
 
 
 class _NativeSettings:
@@ -260,7 +174,12 @@ class _NativeSettings:
         rank, scaling = (
             (settings.get("rank"), settings.get("scaling", _DEFAULT_SCALING)) if isinstance(settings, dict) else (-1, 0)
         )
-        if type(rank) is not int or rank < 0 or type(scaling) not in (int, float) or not 0 < scaling <= _LARGEST:
+        if (
+            type(rank) is not int
+            or rank < 0
+            or type(scaling) not in (int, float)
+            or not 0 < scaling <= peft_settings.LARGEST_SCALE
+        ):
             raise CheckpointError(f"{source}: lora = {settings!r:.80}: expected a rank and a scaling above 0")
         self._rank, self._scaling = rank, float(scaling)
 
@@ -288,7 +207,7 @@ def _parts(file: Path, names: Mapping[str, str]) -> dict[str, dict[str, NDArray[
     for stored in opened.entries:
         suffix = next((suffix for suffix in suffixes if stored.endswith(suffix)), None)
         layer = names.get(stored.removesuffix(suffix)) if suffix else None
-        if stored in _BASE_COPIES:
+        if stored in peft_settings.BASE_COPIES:
             warnings.warn(f"{file}: holds {stored} too; the model's own is used", stacklevel=3)
             continue
         if suffix is None or layer is None:
@@ -312,15 +231,6 @@ def _parts(file: Path, names: Mapping[str, str]) -> dict[str, dict[str, NDArray[
 def _rows(permute: Callable[[NDArray, int], NDArray], array: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
     """`permute` on an array [rows] or [rows, n]."""
     return np.ascontiguousarray(permute(array.reshape(len(array), -1), head_dim).reshape(array.shape))
-
-
-def _is_harmless(pattern: str) -> bool:
-    """Whether a pattern is one of those that PEFT's configurations hold: nothing that could run for long."""
-    return bool(_PATTERN.fullmatch(pattern)) and pattern.count("*") <= 4
-
-
-def _hf_module(name: str) -> str:
-    return _stem(hf_name(f"{name}.weight"))
 
 
 def _stem(name: str) -> str:

@@ -13,7 +13,6 @@ from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, cast
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.safetensors_room import open_safetensors
 from maestrale.checkpoint.writer import write_json, write_safetensors
-from maestrale.config import ModelConfig
 from maestrale.errors import CheckpointError
 
 LABELS, WEIGHTS = "classifier.json", "classifier.safetensors"
@@ -28,8 +27,8 @@ class Classifier:
     weight: NDArray[np.float32]
 
 
-def read_classifier(folder: Path, config: ModelConfig) -> Classifier:
-    """CheckpointError where the folder holds none, or one that does not fit the model."""
+def read_classifier(folder: Path) -> Classifier:
+    """CheckpointError where the folder holds none, or one with other scores than labels."""
     if not (folder / LABELS).exists():
         raise CheckpointError(
             f"{folder}: no classifier; expected {LABELS} and {WEIGHTS}, as finetune --task classify writes"
@@ -39,9 +38,10 @@ def read_classifier(folder: Path, config: ModelConfig) -> Classifier:
         raise CheckpointError(f"{folder / LABELS}: labels = {labels!r:.60}: expected a list of two texts or more")
     file = open_safetensors(folder / WEIGHTS)
     entry = file.entries.get(_TENSOR)
-    if entry is None or entry.shape != (len(labels), config.dim) or entry.dtype not in WEIGHT_DTYPES:
+    fits = entry is not None and len(entry.shape) == 2 and entry.shape[0] == len(labels)
+    if entry is None or not fits or entry.dtype not in WEIGHT_DTYPES:
         found = "nothing of that name" if entry is None else f"{entry.dtype} {entry.shape}"
-        raise CheckpointError(f"{folder / WEIGHTS}: {_TENSOR}: expected {(len(labels), config.dim)}, got {found}")
+        raise CheckpointError(f"{folder / WEIGHTS}: {_TENSOR}: expected ({len(labels)}, dim), got {found}")
     return Classifier(tuple(labels), cast(file.tensor(_TENSOR), "F32").array.copy())
 
 

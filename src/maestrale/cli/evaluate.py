@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from maestrale.cli import options as opt
 from maestrale.cli.choices import KEYS, Question, Segment, accuracy, read_questions, segments
 from maestrale.cli.declare import Argument, Option
-from maestrale.config import MAX_SIZE
 from maestrale.errors import CheckpointError, UsageError
+from maestrale.values import MAX_SIZE
 
 if TYPE_CHECKING:
     from maestrale.llm import LLM

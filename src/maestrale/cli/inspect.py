@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from maestrale.cli import options as opt
 from maestrale.cli.declare import Option
-from maestrale.config import DEFAULT_CONTEXT, MAX_SIZE, ModelConfig
+from maestrale.config import DEFAULT_CONTEXT, ModelConfig
 from maestrale.errors import CheckpointError, UsageError
+from maestrale.values import MAX_SIZE
 
 if TYPE_CHECKING:
     from maestrale.checkpoint.reader import Checkpoint

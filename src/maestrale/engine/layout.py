@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from maestrale.batch import CacheLayout
-from maestrale.config import DEFAULT_CONTEXT, MAX_SIZE, ModelConfig
+from maestrale.config import DEFAULT_CONTEXT, ModelConfig
 from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.values import MAX_SIZE
 
 PAGE_SIZE = 16  # tokens; a page's fill is wasted half on average, a table is walked by page
 

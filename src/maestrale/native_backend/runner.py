@@ -37,10 +37,9 @@ class NativeRunner:
     def step(self, batch: Batch) -> StepOutput:
         return StepOutput(*compute(self.model, self._body.config, batch))
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
-        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
+    def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
         with memory_errors():
-            yield from embed(self._body, texts, self._layout.max_chunk)
+            yield from embed(self._body, texts, self._layout.max_chunk, last)
 
 
 def compute(

@@ -61,18 +61,17 @@ class Tokenizer:
         """Text of `ids`; control tokens show nothing. RequestError for an id outside the vocabulary."""
         return _run(self.stream(), ids)
 
-    def decode_continuation(self, prompt_ids: Iterable[int], ids: Iterable[int]) -> str:
+    def decode_continuation(self, prompt_ids: Sequence[int], ids: Iterable[int]) -> str:
         """What `ids` add to the text of `prompt_ids`: a space between the two stays.
 
         A character that the prompt leaves unfinished belongs to the continuation.
         """
         return _run(self.stream(after=prompt_ids), ids)
 
-    def stream(self, after: Iterable[int] = ()) -> StreamDecoder:
+    def stream(self, after: Sequence[int] = ()) -> StreamDecoder:
         """A decoder of ids that come one at a time and continue the ids `after`, whose own text it does not give."""
         decoder = StreamDecoder(self._vocabulary.pieces)
-        for token_id in after:
-            decoder.push(token_id)
+        decoder.follow(after)
         return decoder
 
     @property

@@ -53,25 +53,36 @@ class TorchRunner:
 
     @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
-        device = self.cache.device
-        tokens_T, positions_T, rows_N = (
-            torch.from_numpy(array).to(device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
-        )
-        self._begin(batch)
-        watch = Watch(self.model) if batch.experts and self.model.config.moe else None
-        with memory_errors(), watch or nullcontext():
-            logits_NV = self.model(tokens_T, positions_T, self.cache.begin(batch), rows_N)
-            return answer(logits_NV, batch.draws, watch.experts(rows_N) if watch else None)
-
-    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
-        """The mean of each text's last hidden states, float32 [dim], after a None for each chunk."""
+        logits_NV, experts = compute(self.model, self.cache, self.adapters, batch)
         with memory_errors():
-            yield from embed(self.model, texts, self.cache.kernel, self.layout.max_chunk, self._begin)
+            return answer(logits_NV, batch.draws, experts)
 
-    def _begin(self, batch: Batch) -> None:
-        """Before the model runs: whose rows are whose."""
-        if self.adapters is not None:
-            self.adapters.begin(batch, self.cache.device)
+    def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
+        with memory_errors():
+            yield from embed(self.model, texts, last, self.cache.kernel, self.layout.max_chunk, self.adapters)
+
+
+def compute(
+    model: Transformer,
+    cache: PagedCache,
+    adapters: Adapters | None,
+    batch: Batch,
+    hidden_TD: torch.Tensor | None = None,
+    last: bool = True,
+) -> tuple[torch.Tensor, NDArray[np.int16] | None]:
+    """(logits [N, V], or of layers that are not the `last` hidden rows [T, dim]; the experts [N, layers, K] of the
+    wanted rows, where they are asked for). hidden_TD: what the layers before `model`'s gave."""
+    tokens_T, positions_T, rows_N = (
+        torch.from_numpy(array).to(cache.device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
+    )
+    x_TD = tokens_T if hidden_TD is None else hidden_TD
+    if adapters is not None:
+        adapters.begin(batch, cache.device)
+    watch = Watch(model) if batch.experts and model.config.moe else None
+    with memory_errors(), watch or nullcontext():
+        attend = cache.begin(batch)
+        out = model(x_TD, positions_T, attend, rows_N) if last else model.hidden_states(x_TD, positions_T, attend)
+        return out, watch.experts(rows_N) if watch else None
 
 
 @contextmanager
@@ -95,13 +106,12 @@ def open_runner(
     progress: Callable[[int, int], None],
     adapters: Sequence[Adapter] = (),
     *,
-    head: NDArray[np.float32] | None = None,
     fp8: bool = False,
     fp8_cache: bool = False,
 ) -> Runner:
     """The checkpoint's model on `device` ("cpu", "cuda", "cuda:1" …), computing in `dtype` ("F32", "BF16", "F16").
 
-    head: another output layer [n, dim]. fp8: round the linear layers' weights to it. UsageError where the device has no
+    fp8: round the linear layers' weights to it. UsageError where the device has no
     kernels for that. fp8_cache: keep keys and values in it.
     """
     place, kernels = torch.device(device), choose_kernels(torch.device(device))
@@ -120,9 +130,6 @@ def open_runner(
         from maestrale.torch_backend.triton.packed import round_linears
 
         round_linears(model)
-    if head is not None:
-        model.output = nn.Linear(head.shape[1], head.shape[0], bias=False, device="meta")
-        model.output.weight = nn.Parameter(torch.from_numpy(head).to(model.norm.weight), requires_grad=False)
     if kernels == "triton":
         from maestrale.torch_backend.triton.runner import TritonRunner
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -19,9 +18,8 @@ from maestrale.torch_backend.cache import PagedCache
 from maestrale.torch_backend.load import DTYPES
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
-from maestrale.torch_backend.runner import memory_errors
+from maestrale.torch_backend.runner import compute
 from maestrale.torch_backend.shard import Sum, load_shard
-from maestrale.torch_backend.watch import Watch
 
 
 class TorchStage:
@@ -38,20 +36,7 @@ class TorchStage:
 
     @torch.inference_mode()
     def compute(self, batch: Batch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor, NDArray[np.int16] | None]:
-        tokens_T, positions_T, rows_N = (
-            torch.from_numpy(array).to(self.device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
-        )
-        x_TD = tokens_T if hidden_TD is None else hidden_TD
-        attend = self.cache.begin(batch)
-        if self.adapters is not None:
-            self.adapters.begin(batch, self.device)
-        watch = Watch(self.model) if batch.experts and self.shard.config.moe else None
-        with memory_errors(), watch or nullcontext():
-            if self.shard.last:
-                out = self.model(x_TD, positions_T, attend, rows_N)
-            else:
-                out = self.model.hidden_states(x_TD, positions_T, attend)
-        return out, watch.experts(rows_N) if watch else None
+        return compute(self.model, self.cache, self.adapters, batch, hidden_TD, self.shard.last)
 
 
 def open_stage(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from maestrale.checkpoint.adapter import Adapter, write_adapter
+from maestrale.checkpoint.adapter import Adapter, save_adapter
 from maestrale.checkpoint.classifier import write_classifier
 from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
-from maestrale.checkpoint.writer import atomic_folder, save_checkpoint
+from maestrale.checkpoint.writer import save_checkpoint
 from maestrale.errors import DataError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory
 from maestrale.plan import count_parameters
@@ -56,12 +56,18 @@ class FinetuneResult:
 
 @dataclass(frozen=True)
 class _Data:
+    """form: what tokenizer.model's name is to tell, where there are conversations to learn and it does not."""
+
     train: Objective
     heldout: Objective | None
     samples: int
     cut: int
     left_out: int
-    chats: bool  # whether there are conversations to learn
+    form: str | None
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self.train.labels if isinstance(self.train, Classes) else ()
 
 
 def finetune(
@@ -90,16 +96,14 @@ def finetune(
                     f"{data.cut + data.left_out} of {data.samples} samples are longer than seq_len = "
                     f"{settings.seq_len}: {data.cut} texts are cut, {data.left_out} others left out"
                 )
-            form = tokenizer.untold_form if data.chats else None
-            if form and settings.method != "full":
+            if data.form and settings.method != "full":
                 notice(
                     f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
-                    f"tokenizer.model.{form}"
+                    f"tokenizer.model.{data.form}"
                 )
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
-            labels = data.train.labels if isinstance(data.train, Classes) else ()
-            model = prepare(checkpoint, settings, len(labels))
+            model = prepare(checkpoint, settings, len(data.labels))
             learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             ranks.shard(model)
             model.train()
@@ -118,7 +122,7 @@ def finetune(
                 heldout_accuracy=_accuracy(model, data.heldout, settings),
             )
             ranks.rest(model)
-            _export(model, checkpoint, settings, run, result, labels, form, force)
+            _export(run, settings, checkpoint, model, data, result)
     return result
 
 
@@ -169,8 +173,8 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
         if settings.own is not None:
             own, _ = pack_samples(require_samples(settings.own, tokenizer, settings.task), settings.seq_len)
         objective = language(packed, own, settings.own_share)
-        chats = any(sample.whole for sample in train)
-        return _Data(objective, test, len(train), too_long.cut, too_long.left_out, chats)
+        form = tokenizer.untold_form if any(sample.whole for sample in train) else None
+        return _Data(objective, test, len(train), too_long.cut, too_long.left_out, form)
     kept = [sample for sample in train if _length(sample) <= settings.seq_len]
     test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
     if not kept:
@@ -179,14 +183,14 @@ def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
     if settings.task == "dpo":
         pairs = Preferences(kept, settings.beta)
         test_pairs = Preferences(test_kept, settings.beta) if test_kept else None
-        return _Data(pairs, test_pairs, len(train), 0, left_out, chats=True)
+        return _Data(pairs, test_pairs, len(train), 0, left_out, tokenizer.untold_form)
     labels = sorted({sample.label for sample in kept})
     if len(labels) < 2:
         raise DataError(f"{settings.train}: one label, {labels[0]!r}, in all samples; expected two or more")
     if strange := [f"{settings.heldout}:{s.line}: {s.label!r}" for s in test_kept if s.label not in labels]:
         raise DataError(f"labels that {settings.train} does not hold: {', '.join(strange[:10])}")
     test_classes = Classes(test_kept, labels) if test_kept else None
-    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out, chats=False)
+    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out, form=None)
 
 
 def _length(sample: Any) -> int:
@@ -209,39 +213,35 @@ def _accuracy(model: Transformer, heldout: Objective | None, settings: FinetuneS
 
 
 def _export(
-    model: Transformer,
-    checkpoint: Checkpoint,
-    settings: FinetuneSettings,
     run: Run,
+    settings: FinetuneSettings,
+    checkpoint: Checkpoint,
+    model: Transformer,
+    data: _Data,
     result: FinetuneResult,
-    labels: Any,
-    form: str | None,
-    force: bool,
 ) -> None:
-    """The first rank writes; all must help to put its parts together. form: what tokenizer.model's name is to tell."""
+    """The first rank writes; all must help to put its parts together."""
     adapter = None if settings.method == "full" else lora.to_adapter(model, run.ranks.whole)
     whole = {name: run.ranks.whole(p) for name, p in model.named_parameters() if p.requires_grad}
     if not run.ranks.first:
         return
     card = finetune_card(settings, vars(result))
     if adapter is not None and settings.task != "classify":
-        with atomic_folder(settings.out, force) as partial:
-            write_adapter(partial, adapter, checkpoint.config, settings.layout)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+        save_adapter(settings.out, adapter, checkpoint.config, settings.layout, card, run.force)
         return
     beside = run.folder / "tokenizer"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     write_companions(checkpoint.folder, beside, 0)
-    if form and (beside / "tokenizer.model").exists():
-        (beside / "tokenizer.model").rename(beside / f"tokenizer.model.{form}")
+    if data.form and (beside / "tokenizer.model").exists():
+        (beside / "tokenizer.model").rename(beside / f"tokenizer.model.{data.form}")
     files = sorted(beside.iterdir())
     (run.folder / "README.md").write_text(card, encoding="utf-8")
     files.append(run.folder / "README.md")
     if settings.task == "classify":
-        files += write_classifier(run.folder, labels, whole["score.weight"].numpy())
+        files += write_classifier(run.folder, data.labels, whole["score.weight"].numpy())
     tensors = _tensors(checkpoint, adapter, whole)
-    save_checkpoint(settings.out, checkpoint.config, tensors, files, checkpoint.dtype, force=force)
+    save_checkpoint(settings.out, checkpoint.config, tensors, files, checkpoint.dtype, force=run.force)
 
 
 def _tensors(

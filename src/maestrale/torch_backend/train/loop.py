@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,17 @@ _HELDOUT_ROWS = 64  # of the held-out data, looked at now and then
 _TRIM_EVERY = 10  # steps: batches differ in how many tokens they learn, and holes of all sizes fill the heap
 
 
+@dataclass(frozen=True)
+class _Learning:
+    """What learns, from what, and by what it is judged."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    heldout: Objective | None
+    keep_best: bool
+
+
 class Run:
     """A run's folder and its states. `out` is only looked at: whoever exports writes it."""
 
@@ -41,7 +53,7 @@ class Run:
         """UsageError where the run or its output is there already and neither `resume` nor `force` says what to do."""
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.settings, self.resume, self.ranks = settings, resume, ranks or Ranks()
+        self.settings, self.resume, self.force, self.ranks = settings, resume, force, ranks or Ranks()
         self.out = Path(settings.out)
         self.folder = self.out.with_name(self.out.name + ".run")
         self.states = States(self.folder, self.ranks)
@@ -80,6 +92,7 @@ class Run:
         settings = self.settings
         steps.keep_less(model, settings)
         optimizer = steps.new_optimizer(model, settings)
+        learning = _Learning(model, optimizer, objective, heldout, keep_best)
         digest = objective.digest()
         done = Progress(step=0, data=digest, seconds=0.0)
         if self.resume:
@@ -90,8 +103,8 @@ class Run:
         if settings.compile:
             steps.compile_parts(model)
         self.report = Report(self.folder / "log.jsonl", settings, done.step, silent=not self.ranks.first)
-        with self.report as report, _stop_signals() as stopped:
-            seconds = self._loop(model, optimizer, objective, heldout, done, report, stopped, keep_best)
+        with self.report, _stop_signals() as stopped:
+            seconds = self._loop(learning, done, stopped)
         if keep_best and heldout is not None:
             self.states.load_best(model)
         return seconds
@@ -101,19 +114,10 @@ class Run:
             with atomic_file(self.folder / "loss.png") as partial:
                 draw_losses(self.folder / "log.jsonl", partial)
 
-    def _loop(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        objective: Objective,
-        heldout: Objective | None,
-        done: Progress,
-        report: Report,
-        stopped: list[int],
-        keep_best: bool,
-    ) -> float:
-        """The steps from `done` to the last; seconds spent, those of earlier runs included."""
-        settings, best = self.settings, done.best
+    def _loop(self, learning: _Learning, done: Progress, stopped: list[int]) -> float:
+        """The steps from `done` to the last; seconds spent, those of earlier runs included. stopped: signals."""
+        settings, report, best = self.settings, self.report, done.best
+        model, optimizer, objective, heldout = learning.model, learning.optimizer, learning.objective, learning.heldout
         begun = time.monotonic() - done.seconds
         for step in range(done.step, settings.steps):
             for group in optimizer.param_groups:
@@ -130,10 +134,10 @@ class Run:
                 give_back_memory()
             last = step + 1 == settings.steps
             looks = (step + 1) % settings.heldout_every == 0
-            if heldout is not None and ((last and keep_best) or (looks and not last)):
+            if heldout is not None and ((last and learning.keep_best) or (looks and not last)):
                 loss = self.look(model, heldout)
                 report.heldout(step + 1, loss)
-                if keep_best and (best is None or loss < best):
+                if learning.keep_best and (best is None or loss < best):
                     best = loss
                     self.states.save_best(model)
             stop = bool(self.ranks.sum(torch.tensor(len(stopped))))  # all ranks after the same step

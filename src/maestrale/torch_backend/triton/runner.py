@@ -60,8 +60,8 @@ class TritonRunner:
                 logits_NV = self._work(make_step(batch, config.n_heads, config.n_kv_heads, self.cache.device))
             return answer(logits_NV, batch.draws)
 
-    def embed(self, texts: Sequence[Sequence[int]]) -> Iterator[list[NDArray[np.float32]] | None]:
-        return self._plain.embed(texts)
+    def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
+        return self._plain.embed(texts, last)
 
     def _decode(self, batch: Batch) -> torch.Tensor:
         size = next(size for size in SIZES if size >= len(batch.token_ids))
