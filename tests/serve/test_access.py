@@ -68,7 +68,10 @@ def test_loopback_names_are_served(bytes_server, host):
     assert bytes_server.get("/version", {"host": host}).status == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80", "", "[::2]"])
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80", "", "[::2]", "127.0.0.1:80@x", "[::1", "::1"],
+)
 def test_another_name_is_refused_on_loopback(bytes_server, host):
     """A page of another site whose name resolves to 127.0.0.1 must not reach us."""
     for path in ("/version", "/", "/v1/models", "//ready", "/health/"):

@@ -11,6 +11,7 @@ import binascii
 import hmac
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from maestrale.serve.settings import Settings
 log = logging.getLogger("maestrale.serve")
 access = logging.getLogger("maestrale.access")
 
+_HOST = re.compile(r"(?:\[([^]]*)\]|([^][:@]+))(?::\d{0,5})?")  # an IPv6 address, or a name; a port
 OPEN = (b"/health", b"/ready")  # what an orchestrator asks, without a key, by an address; they tell nothing else
 
 
@@ -105,15 +107,9 @@ class Guard:
     def _check_host(self, hosts: list[bytes]) -> None:
         if not self.hosts:
             return
-        name = hosts[0].decode("latin-1").lower() if len(hosts) == 1 else ""
-        if _without_port(name) not in self.hosts:
+        named = _HOST.fullmatch(hosts[0].decode("latin-1").lower()) if len(hosts) == 1 else None
+        if named is None or (named[1] or named[2]) not in self.hosts:
             raise ApiError(403, "Host: this name is not served here; add it with --allowed-host", code="unknown_host")
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if ":" in host else host
 
 
 class Limits:
