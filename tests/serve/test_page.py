@@ -68,7 +68,7 @@ def test_a_reload_brings_the_conversation_back(page):
 
 def test_versions_of_a_reply_stand_beside_each_other(page):
     page.fresh(temperature=1.5, max_tokens=24)
-    page.send(BEGINNING)
+    page.send("Once upon a time there was a")  # at a sentence's end a reply may be empty
     page.done()
     first = page.text()
     page.press("Another version")
@@ -81,6 +81,24 @@ def test_versions_of_a_reply_stand_beside_each_other(page):
     assert "1/2" in page.one(".branch").text
     page.open()
     assert page.text() == first
+
+
+def test_a_version_that_fails_leaves_the_one_before(page):
+    page.fresh(temperature=0, max_tokens=8)
+    page.send(BEGINNING)
+    page.done()
+    first = page.text()
+    page.run(
+        "const kept = JSON.parse(localStorage.getItem('maestrale.settings'));"
+        "kept.text.temperature = -1;"
+        "localStorage.setItem('maestrale.settings', JSON.stringify(kept))"
+    )
+    page.open()
+    page.press("Another version")
+    page.until(lambda: "temperature" in page.one("#problem").text)
+    assert page.text() == first
+    (complaint,) = page.complaints()
+    assert "400" in complaint
 
 
 def test_conversations_are_listed_opened_and_deleted(page):

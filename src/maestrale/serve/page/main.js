@@ -239,7 +239,7 @@ async function write(parent) {
   if (writing === now) writing = null;
   if (!node.content && !node.tokens.length && mine.nodes[node.id]) {
     drop(mine, node);
-    if (mine.leaf === node.id) mine.leaf = parent.id;
+    if (mine.leaf === node.id) mine.leaf = tip(mine, parent).id;  // what stood here before, if anything did
   }
   keepView(node);
   if (talk === mine) { render(); keep(); } else save(talks);
