@@ -358,7 +358,8 @@ void Model::mixture(const Layer& layer, int64_t rows, int16_t* chosen, const int
     pool_.barrier();
   }
   const auto experts = [&](int64_t blocks, auto multiply) {
-    divide(int64_t(order.busy.size()) * blocks, rows * K / int64_t(order.busy.size()), thread, [&](int64_t first, int64_t last) {
+    const auto busy = int64_t(order.busy.size());
+    divide(busy * blocks, rows * K / busy, thread, [&](int64_t first, int64_t last) {
       for (int64_t i = first / blocks; i * blocks < last; ++i) {
         const size_t e = size_t(order.busy[size_t(i)]);
         multiply(layer.experts[e], order.begins[e], order.begins[e + 1] - order.begins[e],
