@@ -2,7 +2,9 @@
 
 import math
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from maestrale.batch import CacheLayout, Runner
@@ -29,7 +31,8 @@ def open_engine(
     max_sequences: int = 16,
 ) -> Engine:
     """An engine on a cache of exactly `pages` pages for each kind of layer; None is enough for all. weights: of the
-    native backend's linear layers; None is `dtype`."""
+    native backend's linear layers; None is `dtype`. Every page holds NaN at first: what a sequence has not written
+    there itself must not reach it."""
     with open_checkpoint(folder) as checkpoint:
         windows = checkpoint.config.windows
         kept = [max_len if w is None else min(max_len, w + max_chunk - 1) for w in windows]
@@ -41,16 +44,31 @@ def open_engine(
             from maestrale.torch_backend.runner import open_runner as open_torch
 
             runner = open_torch(checkpoint, layout, dtype, "cpu", lambda done, total: None)
+            for pool in runner.cache.pools:
+                pool.fill_(math.nan)
         else:
             from maestrale.native_backend.runner import open_runner as open_native
 
             form = {"F32": "f32", "BF16": "bf16"}[dtype]
-            runner = open_native(checkpoint, layout, form, weights or form, 2)
+            with mock.patch.object(np, "empty", side_effect=of_ones):
+                runner = open_native(checkpoint, layout, form, weights or form, 2)
         return Engine(runner, checkpoint.config.vocab_size, tokenizer, max_sequences)
 
 
+def of_ones(*args, empty=np.empty, **kwargs) -> np.ndarray:
+    """np.empty, but all bits are 1: NaN in every format of the cache."""
+    array = empty(*args, **kwargs)
+    array.reshape(-1).view(np.uint8).fill(0xFF)
+    return array
+
+
 def run(engine: Engine) -> None:
+    """All that is asked of it. Raises what a request failed of."""
     while engine.has_work:
+        requests = [*engine.scheduler.waiting, *engine.scheduler.running]
         engine.step()
+        for request in requests:
+            if request.error is not None:
+                raise request.error
     free = engine.pages.available
     assert free == list(engine.pages.layout.pages), "pages are missing at the end"

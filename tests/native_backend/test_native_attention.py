@@ -184,12 +184,32 @@ def test_a_querys_bits_do_not_depend_on_chunks_or_on_what_is_computed_beside_it(
     assert np.array_equal(found[0], found[1])
 
 
-def test_what_others_left_in_a_page_is_not_seen_even_where_it_is_nan(isa):
+@pytest.mark.parametrize("page_size", [4, 16, 40])
+def test_what_others_left_in_a_page_is_not_seen_even_where_it_is_nan(isa, page_size):
     for kept in KEPT:
-        cache = Cache(1, 1, 16, None, 16, 40, kept, 1, 64)
+        cache = Cache(1, 1, 16, None, page_size, 40, kept, 1, 64)
         assert np.isnan(cache.pool.view(np.float32)).all()
-        y, spans = cache.step(isa, [5])
-        check(y, cache.formula(spans), kept)
+        for count in (5, 1, 20):
+            y, spans = cache.step(isa, [count])
+            check(y, cache.formula(spans), kept)
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 40])
+def test_nor_is_it_in_a_page_that_a_ring_takes_up_on_a_later_turn(isa, page_size):
+    """As after a prefix found in the cache: of the ring's pages only those are there that the window still sees."""
+    for kept in KEPT:
+        cache = Cache(2, 2, 16, 8, page_size, 45, kept, 1, 256)
+        tokens = cache.tables.shape[1] * page_size  # of a turn
+        for _ in range(tokens // 4):
+            cache.step(isa, [4])
+        start = len(cache.rows[0][0])
+        pages = cache.pool.reshape(cache.tables.size + 3, -1)
+        seen = {int(cache.tables[0, p // page_size % cache.tables.shape[1]]) for p in range(start - 8, start)}
+        for page in set(range(len(pages))) - seen:
+            pages[page] = 0xFF
+        for count in (3, 1, 40, 2, 33):
+            y, spans = cache.step(isa, [count])
+            check(y, cache.formula(spans), kept)
 
 
 def test_very_large_scores_neither_overflow_nor_lose_the_largest(isa):

@@ -82,8 +82,8 @@ using AttendSpan = void (*)(const CacheView& cache, const Span& span, int64_t g,
 inline int64_t attend_scratch(const HeadLayout& head, int64_t group) {
   const int64_t rows = group > kQueryRows ? group : kQueryRows, keys = kTile * kTilesAtOnce;
   const int64_t floats = rows * (head.units() + kTile + head.padded + 2) + kRowsAtOnce * 2 * keys + 2 * head.padded;
-  const int64_t wide = head.bytes() ? kTilesAtOnce * (head.wide_key_size() + head.wide_value_size()) : 0;
-  return 4 * (floats + wide) + 9 * 64;  // nine arrays, each begun at a multiple of 64 bytes
+  const int64_t tile = head.wide_value_size() + (head.bytes() ? head.wide_key_size() + 2 * kTile : 0);
+  return 4 * (floats + kTilesAtOnce * tile) + 11 * 64;  // eleven arrays, each begun at a multiple of 64 bytes
 }
 
 }  // namespace maestrale

@@ -60,9 +60,6 @@ inline void write_bytes(const CacheView& cache, const Span& span, int64_t g, con
   uint32_t* values = keys + head.tiles * head.key_size();
   float* scales = reinterpret_cast<float*>(keys + head.scales());
   const int64_t offset = span.position % head.page_size;
-  // As there, though a code is never NaN, and only a scale may be.
-  if (offset == 0 && span.position < cache.ring * head.page_size)
-    std::memset(scales, 0, size_t(head.tiles * 2 * kTile) * 4);
   alignas(64) float turned[2 * kMaxHead];
   alignas(64) uint32_t entries[kMaxHead];
   alignas(64) uint8_t codes[kMaxHead];
@@ -99,9 +96,6 @@ inline void write_span(const CacheView& cache, const Span& span, int64_t g, cons
   uint32_t* keys = cache.page(span.table, span.position, g);
   uint32_t* values = keys + head.tiles * head.key_size();
   const int64_t offset = span.position % head.page_size;
-  // A page's first token: what another sequence left there must not meet a weight of 0, for it may be NaN.
-  if (offset == 0 && span.position < cache.ring * head.page_size)
-    std::memset(values, 0, size_t(head.tiles * head.value_size()) * 4);
   alignas(64) float turned[2 * kMaxHead];
   alignas(64) uint32_t units[kMaxHead];
   for (int64_t row = span.first; row < span.first + span.count; ++row) {
@@ -129,6 +123,17 @@ inline void write_keys(const CacheView& cache, const Span& span, int64_t g, cons
                        int64_t stride, const float* turns) {
   const auto write = cache.head.bytes() ? write_bytes : cache.head.half() ? write_span<true> : write_span<false>;
   write(cache, span, g, k, v, stride, turns);
+}
+
+// Copies a tile's values of the first `lanes` keys, and 0 for the others; `copy` may be `values`.
+template <bool half>
+inline void keep_lanes(const HeadLayout& head, const uint32_t* values, int64_t lanes, uint32_t* copy) {
+  const int64_t padded = head.padded, whole = (half ? lanes / 2 : lanes) * padded, size = head.wide_value_size();
+  if (copy != values) std::memcpy(copy, values, size_t(whole) * 4);
+  int64_t end = whole;
+  if (half && lanes % 2)
+    for (; end < whole + padded; ++end) copy[end] = values[end] & 0xffff;
+  std::memset(copy + end, 0, size_t(size - end) * 4);
 }
 
 // Sums of R query rows against N tiles: scores[r][n * 16 + lane]; rows lie `units` apart, scores 64 apart.
@@ -256,8 +261,10 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
   float *scores = take(kRowsAtOnce * kKeys), *sums = take(rows * kTile), *mixed = take(rows * padded);
   float *tops = take(rows), *turned = take(2 * padded);
   auto* positions = reinterpret_cast<int32_t*>(take(rows));
-  const int64_t wide_key = head.wide_key_size(), wide_value = head.wide_value_size();
-  auto* wide = reinterpret_cast<uint32_t*>(take(head.bytes() ? kTilesAtOnce * (wide_key + wide_value) : 0));
+  const int64_t wide_key = head.bytes() ? head.wide_key_size() : 0, wide_value = head.wide_value_size();
+  auto* wide_keys = reinterpret_cast<uint32_t*>(take(kTilesAtOnce * wide_key));
+  auto* own_values = reinterpret_cast<uint32_t*>(take(kTilesAtOnce * wide_value));
+  float* own_scales = take(head.bytes() ? kTilesAtOnce * 2 * kTile : 0);
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t token = m / group, row = span.first + token;
     turned_units<half>(head, q + row * q_stride + m % group * head.head_dim, turns + row * 2 * padded, turned,
@@ -281,20 +288,31 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
       const int64_t inside = tile % head.tiles, first = tile / head.tiles * head.page_size + inside * kTile;
       const int64_t left = head.page_size - inside * kTile, count = left < kTile ? left : kTile;
       const uint32_t* page = cache.page(span.table, first, g);
-      block.keys[block.tiles] = page + inside * head.key_size();
-      block.values[block.tiles] = page + head.tiles * head.key_size() + inside * head.value_size();
-      block.scales[block.tiles] = nullptr;
+      const uint32_t *keys = page + inside * head.key_size();
+      const uint32_t *values = page + head.tiles * head.key_size() + inside * head.value_size();
+      const float* scales = nullptr;
+      uint32_t *to_keys = wide_keys + block.tiles * wide_key, *to_values = own_values + block.tiles * wide_value;
       if (head.bytes()) {
-        uint32_t *keys = wide + block.tiles * (wide_key + wide_value), *values = keys + wide_key;
-        for (int64_t i = 0; i < wide_key; i += 2 * kTile)
-          widen(block.keys[block.tiles] + i / 2, keys + i, keys + i + kTile);
+        for (int64_t i = 0; i < wide_key; i += 2 * kTile) widen(keys + i / 2, to_keys + i, to_keys + i + kTile);
         for (int64_t i = 0; i < head.value_size(); i += kTile) {
-          uint32_t* to = values + i / padded * 2 * padded + i % padded;
-          widen(block.values[block.tiles] + i, to, to + padded);
+          uint32_t* to = to_values + i / padded * 2 * padded + i % padded;
+          widen(values + i, to, to + padded);
         }
-        block.keys[block.tiles] = keys, block.values[block.tiles] = values;
-        block.scales[block.tiles] = reinterpret_cast<const float*>(page + head.scales()) + inside * 2 * kTile;
+        keys = to_keys, values = to_values;
+        scales = reinterpret_cast<const float*>(page + head.scales()) + inside * 2 * kTile;
       }
+      // What stands behind the newest key, perhaps of another sequence, must not meet a weight of 0: 0 * NaN is NaN.
+      if (const int64_t lanes = std::min(count, newest - first + 1); lanes < kTile) {
+        keep_lanes<half>(head, values, lanes, to_values);
+        values = to_values;
+        if (scales) {
+          float* to = own_scales + block.tiles * 2 * kTile;
+          std::memcpy(to, scales, size_t(kTile + lanes) * 4);
+          std::memset(to + kTile + lanes, 0, size_t(kTile - lanes) * 4);
+          scales = to;
+        }
+      }
+      block.keys[block.tiles] = keys, block.values[block.tiles] = values, block.scales[block.tiles] = scales;
       block.positions[block.tiles] = int32_t(first);
       block.counts[block.tiles] = int32_t(count);
       masked |= count < kTile || first + kTile - 1 > span.position || first <= newest - cache.window;
