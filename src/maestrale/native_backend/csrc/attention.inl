@@ -190,8 +190,8 @@ inline void attend_rows(const HeadLayout& head, const Block& block, const uint32
   constexpr int kKeys = kTile * kTilesAtOnce;
   const int64_t units = head.units(), key_units = head.key_units(), padded = head.padded;
   int first = 0;
-  for (; first + 4 <= block.tiles; first += 4)
-    score_tiles<half, R, 4>(q, units, block.keys + first, scores + first * kTile);
+  for (; first + kAcross <= block.tiles; first += kAcross)
+    score_tiles<half, R, kAcross>(q, units, block.keys + first, scores + first * kTile);
   for (; first < block.tiles; ++first)
     score_tiles<half, R, 1>(q, units, block.keys + first, scores + first * kTile);
 
@@ -238,9 +238,9 @@ inline void attend_rows(const HeadLayout& head, const Block& block, const uint32
   }
   int64_t i = 0;
   const uint32_t* values[kTilesAtOnce];
-  for (; i + 4 * kTile <= padded; i += 4 * kTile) {
+  for (; i + kAcross * kTile <= padded; i += kAcross * kTile) {
     for (int t = 0; t < block.tiles; ++t) values[t] = block.values[t] + i;
-    add_values<half, R, 4>(weights, values, block.tiles, key_units, padded, corrections, y + i);
+    add_values<half, R, kAcross>(weights, values, block.tiles, key_units, padded, corrections, y + i);
   }
   for (; i < padded; i += kTile) {
     for (int t = 0; t < block.tiles; ++t) values[t] = block.values[t] + i;

@@ -1,5 +1,6 @@
 // The same kernels on tiles in plain C++, for tests on processors without AMX.
 #if defined(__x86_64__)
+#pragma GCC optimize("O1")  // it need not be fast, and -O3 takes 14 s longer to compile it
 #define SET amx_emulated
 #define NAME "amx-emulated"
 #define SIMD "simd_avx512.h"

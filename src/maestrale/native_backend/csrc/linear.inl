@@ -227,29 +227,29 @@ struct Exact {
   }
 };
 
-// `count` rows, at most R, times V blocks.
-template <class Kind, int R, int V>
+// `count` rows, from `least` to R, times V blocks.
+template <class Kind, int least, int R, int V>
 inline void some_rows(const Weight& w, const Rows& rows, int64_t row, int64_t count, int64_t block, const Output& out,
                       const Ahead& ahead) {
   if (count == R) {
     ask<R, V>(out, row, block);
     return Kind::template tile<R, V>(w, rows, row, block, out, ahead);
   }
-  if constexpr (R > 1) some_rows<Kind, R - 1, V>(w, rows, row, count, block, out, ahead);
+  if constexpr (R > least) some_rows<Kind, least, R - 1, V>(w, rows, row, count, block, out, ahead);
 }
 
-// Blocks V at a time, over each of which all rows pass in turns of R at most, as even as can be.
-template <class Kind, int R, int V>
+// Blocks V at a time, over each of which all rows pass in turns of `least` to R, as even as can be.
+template <class Kind, int least, int R, int V>
 inline void every_block(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
   const int64_t passes = (rows.count + R - 1) / R;
   int64_t block = first;
   for (; last - block >= V; block += V)
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t row = pass * rows.count / passes, end = (pass + 1) * rows.count / passes;
-      some_rows<Kind, R, V>(w, rows, row, end - row, block, out, Ahead(w, V, pass, passes));
+      some_rows<Kind, least, R, V>(w, rows, row, end - row, block, out, Ahead(w, V, pass, passes));
     }
   if constexpr (V > 1)
-    if (block < last) every_block<Kind, R, V / 2>(w, rows, block, last, out);
+    if (block < last) every_block<Kind, least, R, V / 2>(w, rows, block, last, out);
 }
 
 // Few rows: a single pass, which waits for memory and likes many streams, as many blocks as the tile's sums allow.
@@ -268,13 +268,13 @@ inline void every_block_once(const Weight& w, const Rows& rows, int64_t first, i
 template <class Kind, Tile tile>
 inline void multiply(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
   if (rows.count <= tile.rows) return every_block_once<Kind, tile, tile.rows>(w, rows, first, last, out);
-  every_block<Kind, tile.rows, tile.blocks>(w, rows, first, last, out);
+  every_block<Kind, (tile.rows + 1) / 2, tile.rows, tile.blocks>(w, rows, first, last, out);
 }
 
 inline void linear(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
   if (w.format == Format::f32) return multiply<Plain<FloatProduct>, kPlainTile>(w, rows, first, last, out);
   if (w.format == Format::bf16) return multiply<Plain<PairProduct>, kPlainTile>(w, rows, first, last, out);
-  if (rows.format == Format::bf16) return every_block<Exact, 4, 1>(w, rows, first, last, out);
+  if (rows.format == Format::bf16) return every_block<Exact, 1, 4, 1>(w, rows, first, last, out);
   if (w.format == Format::int8) return multiply<Plain<ByteProduct>, kPlainTile>(w, rows, first, last, out);
   if (w.offsets) return multiply<Grouped<true>, kGroupedTile>(w, rows, first, last, out);
   multiply<Grouped<false>, kGroupedTile>(w, rows, first, last, out);

@@ -5,6 +5,7 @@ constexpr bool kUnsignedRows = true;  // the row's bytes are q + 128, because vp
 constexpr Tile kPlainTile = {9, 3};     // 27 registers of sums, 3 of weights, one of a row
 constexpr Tile kGroupedTile = {4, 3};   // 12 of integer sums, 12 of totals, and 6 others
 constexpr int kStreams = 4;
+constexpr int kAcross = 4;  // times 16 lanes of attention's sums, for each of up to kRowsAtOnce rows
 
 using Floats = __m512;
 typedef int32_t Ints __attribute__((vector_size(64)));
