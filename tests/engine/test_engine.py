@@ -166,6 +166,13 @@ def test_kept_logits_are_all_rows_whatever_the_chunk(chunk_size):
     assert max(max(step.counts) for step in engine.runner.steps) <= chunk_size
 
 
+@pytest.mark.parametrize("more", [{"n": 2}, {"beam_width": 2}])
+def test_logits_are_kept_of_a_single_sequence(more):
+    with pytest.raises(RequestError, match="single sequence") as error:
+        make_engine().submit([3, 4], greedy(5, **more), keep_logits=True)
+    assert error.value.param == "n"
+
+
 def test_pieces_add_up_to_the_completion():
     engine = make_engine(letters())
     request = engine.submit([3, 7], greedy(8, logprobs=1, n=2))

@@ -46,6 +46,8 @@ def check_width(request: Request, layout: CacheLayout) -> None:
             )
     if request.width > layout.max_chunk:
         raise RequestError(f"{request.width} sequences do not fit a step of {layout.max_chunk} tokens", "n")
+    if request.width > 1 and request.logits is not None:
+        raise RequestError("rows of logits are kept of a single sequence: expected n and beam_width of 1", param="n")
     if request.params.beam_width > 1 and request.params.logprobs is not None:
         raise RequestError("logprobs are not kept for beams: a beam has a score", param="logprobs")
     if request.params.beam_width > 1 and request.params.experts:
