@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+os.environ.pop("PYTHONUNBUFFERED", None)  # programs buffer what they print, as their users' do
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one such process for each core
     os.environ.setdefault("MAESTRALE_THREADS", "1")
 

@@ -170,6 +170,14 @@ def test_a_full_disk_is_code_5(spawn, args):
     assert err.count("\n") == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(("args", "code"), [(["bogus"], 2), (["inspect", "/no/such/folder"], 3)])
+def test_the_exit_code_does_not_depend_on_whether_an_error_can_be_told(spawn, args, code):
+    with open("/dev/full", "w") as full:
+        process = spawn(*args, stderr=full)
+    assert (process.communicate(timeout=20)[0], process.returncode) == ("", code)
+
+
 def test_closed_output_is_no_error(spawn, models):
     quiet = ENVIRONMENT | {"PYTHONWARNINGS": ""}
     process = spawn("inspect", models["dense"], stdout=None, preexec_fn=lambda: os.close(1), env=quiet)

@@ -9,8 +9,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -64,9 +65,11 @@ def main() -> None:
         code = SIGINT_EXIT
     except (MaestraleError, OSError) as error:  # of an option's own check, or of a help screen that cannot be written
         if isinstance(error, OSError):
-            _discard_output()
+            _discard_unwritten(sys.stdout)
         _complain(str(error))
         code = _exit_code(error)
+    finally:
+        _discard_unwritten(sys.stderr)  # a log that nobody reads any more
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from here on there is nothing left to tidy
     sys.exit(code)
 
@@ -126,11 +129,11 @@ def _guard(verb: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         raise click.exceptions.Exit(SIGINT_EXIT) from None
     except BrokenPipeError:
-        _discard_output()
+        _discard_unwritten(sys.stdout)
         raise click.exceptions.Exit(0) from None
     except (MaestraleError, MemoryError, OSError) as error:
         if isinstance(error, OSError):
-            _discard_output()
+            _discard_unwritten(sys.stdout)
         if click.get_current_context().find_root().obj:
             import traceback
 
@@ -147,15 +150,16 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _complain(message: str) -> None:
-    print(f"maestrale: {one_line(message)}", file=sys.stderr)
+    with suppress(OSError):  # nobody listens: the exit code still tells
+        print(f"maestrale: {one_line(message)}", file=sys.stderr)
 
 
-def _discard_output() -> None:
-    """Where standard output takes no more: what is left in its buffer would fail again when the interpreter ends."""
+def _discard_unwritten(stream: TextIO) -> None:
+    """Where a stream takes no more: what is left in its buffer would fail again when the interpreter ends."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
