@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from http_client import Reply, Server, ask, serving
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HANG_UPS = 0.2
 MOST_GROWTH = 1.0  # per cent of memory, from a tenth of the requests to the last
+REST = 12.0  # seconds after each tenth: requests under way are no growth, nor what goes back within ten seconds
 STORM, PATIENCE = 200, 5.0  # clients that leave at once, and the seconds until an answer must come after that
 # A cache that a tenth of the requests fills: pages that are taken for the first time are no leak, but memory.
 CACHE = ("--max-len", "1024", "--max-sequences", "32")
@@ -95,13 +97,8 @@ def _choices(body: Mapping[str, Any], reply: Reply) -> list[dict[str, Any]]:
 
 async def soak(server: Server, requests: int, clients: int, seed: int) -> dict[str, Any]:
     outcomes: Counter[str] = Counter()
-    # After each tenth, the least of what the next tenth of requests finds: what is taken for a moment, or freed and not
-    # yet given back (10 s), is no growth. So a tenth more is sent.
-    tenth = max(requests // 10, 1)
-    memory: dict[int, int] = {}
-    numbers = iter(range(1, requests + tenth + 1))
 
-    async def client() -> None:
+    async def client(numbers: Iterator[int]) -> None:
         for number in numbers:
             rng = random.Random(f"{seed} {number}")
             path, body, raw, expected = request(rng)
@@ -120,23 +117,23 @@ async def soak(server: Server, requests: int, clients: int, seed: int) -> dict[s
             else:
                 outcomes["lost"] += 1
                 print("lost:", path, str(body)[:200], reply.status, reply.body[-200:], file=sys.stderr)
-            now, mark = resident(server.pid), number // tenth * tenth
-            if tenth <= mark <= requests:
-                memory[mark] = min(memory.get(mark, now), now)
-            if mark == number:
-                print(f"{number} requests: {now / 2**20:.1f} MiB", file=sys.stderr, flush=True)
 
-    began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    seconds = time.perf_counter() - began
+    seconds, memory = 0.0, dict[int, int]()
+    for done, mark in pairwise(requests * tenth // 10 for tenth in range(11)):
+        began, numbers = time.perf_counter(), iter(range(done + 1, mark + 1))
+        await asyncio.gather(*(client(numbers) for _ in range(clients)))
+        seconds += time.perf_counter() - began
+        await asyncio.sleep(REST)
+        memory[mark] = resident(server.pid)
+        print(f"{mark} requests: {memory[mark] / 2**20:.1f} MiB", file=sys.stderr, flush=True)
     after_storm = await storm(server)
-    begin, end = memory[tenth], memory[requests]
+    begin, *_, end = memory.values()
     return {
-        "requests": requests + tenth,
+        "requests": requests,
         "clients": clients,
         "seconds": round(seconds, 1),
         "outcomes": dict(outcomes),
-        "memory_mib": {str(number): round(memory[number] / 2**20, 1) for number in sorted(memory)},
+        "memory_mib": {str(number): round(taken / 2**20, 1) for number, taken in memory.items()},
         "growth_percent": round(100 * (end - begin) / begin, 2),
         "answer_after_storm_seconds": round(after_storm, 2),
         "pages_left": await pages_left(server.port),
@@ -186,7 +183,7 @@ async def pages_left(port: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path)
-    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--requests", type=int, default=10_000, help="10 or more")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--backend", default="auto")
