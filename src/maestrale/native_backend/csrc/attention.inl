@@ -288,8 +288,8 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
       const int64_t inside = tile % head.tiles, first = tile / head.tiles * head.page_size + inside * kTile;
       const int64_t left = head.page_size - inside * kTile, count = left < kTile ? left : kTile;
       const uint32_t* page = cache.page(span.table, first, g);
-      const uint32_t *keys = page + inside * head.key_size();
-      const uint32_t *values = page + head.tiles * head.key_size() + inside * head.value_size();
+      const uint32_t* keys = page + inside * head.key_size();
+      const uint32_t* values = page + head.tiles * head.key_size() + inside * head.value_size();
       const float* scales = nullptr;
       uint32_t *to_keys = wide_keys + block.tiles * wide_key, *to_values = own_values + block.tiles * wide_value;
       if (head.bytes()) {
@@ -302,7 +302,8 @@ inline void attend_span(const CacheView& cache, const Span& span, int64_t g, int
         scales = reinterpret_cast<const float*>(page + head.scales()) + inside * 2 * kTile;
       }
       // What stands behind the newest key, perhaps of another sequence, must not meet a weight of 0: 0 * NaN is NaN.
-      if (const int64_t lanes = std::min(count, newest - first + 1); lanes < kTile) {
+      const int64_t known = newest - first + 1, lanes = known < count ? known : count;
+      if (lanes < kTile) {
         keep_lanes<half>(head, values, lanes, to_values);
         values = to_values;
         if (scales) {
