@@ -4,7 +4,7 @@ constexpr bool kUnsignedRows = false;
 constexpr Tile kPlainTile = {4, 1};
 constexpr Tile kGroupedTile = {2, 1};
 constexpr int kStreams = 2;
-constexpr int kAcross = 4;  // times 16 lanes of attention's sums, for each of up to kRowsAtOnce rows
+constexpr int kAcross = 4;
 
 struct Floats { __m256 a, b; };
 struct Ints { __m256i a, b; };
