@@ -61,6 +61,11 @@ def test_what_it_was_not_opened_for_is_refused(tmp_path):
         Reader(folder, max_len=64).embed([TEXTS[0], [1] * 65])
 
 
+def test_one_text_is_a_list_of_one():
+    reader = Reader("stories")
+    np.testing.assert_array_equal(reader.embed("Once"), reader.embed(["Once"]))
+
+
 @pytest.mark.parametrize(
     ("labels", "shape", "message"),
     [

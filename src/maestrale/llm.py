@@ -18,7 +18,7 @@ from maestrale.choices import Options
 from maestrale.config import ModelConfig
 from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
-from maestrale.errors import RequestError
+from maestrale.errors import RequestError, shown
 from maestrale.interrupts import held_back
 from maestrale.launch import launch
 from maestrale.sampling.constraint import read_constraint
@@ -38,7 +38,7 @@ class LLM:
     path: a native (params.json) or Hugging Face (config.json) folder; None is the bundled model.
     dtype: what it computes in: "auto" (as stored), "float32", "bfloat16", "float16".
     weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded;
-        "fp8" likewise on a GPU.
+        "fp8" likewise by the Triton kernels (docs/gpu.md).
     device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" (torch on a GPU, else native), "native", "torch".
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
@@ -190,7 +190,10 @@ class LLM:
         cut off (finish_reason "length"). tool_choice: "auto", "none", "required", or {"type": "function", "function":
         {"name": …}}. adapter: the name of the one to go through.
         """
-        ids, params = self.tokenizer.encode_chat(messages, tools), params or SamplingParams()
+        params = params or SamplingParams()
+        if params.n > 1:
+            raise RequestError(f"n = {params.n}: a chat has one answer: expected 1", "n")
+        ids = self.tokenizer.encode_chat(messages, tools)
         if tools or tool_choice:
             content = read_constraint(params.constraint)
             constraint = self.tokenizer.tool_constraint(tools, tool_choice, parallel_tool_calls, content)
@@ -276,6 +279,9 @@ class LLM:
         reply: bool = False,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
+        for prompt in prompts:
+            if not isinstance(prompt, (Sequence, np.ndarray)):
+                raise RequestError(f"prompts: expected texts or lists of token ids, got {shown(prompt)}", "prompts")
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(adapters) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")

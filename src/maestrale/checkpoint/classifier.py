@@ -13,7 +13,7 @@ from maestrale.checkpoint.dtypes import WEIGHT_DTYPES, StoredTensor, cast
 from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.safetensors_room import open_safetensors
 from maestrale.checkpoint.writer import write_json, write_safetensors
-from maestrale.errors import CheckpointError
+from maestrale.errors import CheckpointError, shown
 
 LABELS, WEIGHTS = "classifier.json", "classifier.safetensors"
 _TENSOR = "score.weight"
@@ -35,7 +35,7 @@ def read_classifier(folder: Path) -> Classifier:
         )
     labels = read_json(folder / LABELS).get("labels")
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
-        raise CheckpointError(f"{folder / LABELS}: labels = {labels!r:.60}: expected a list of two texts or more")
+        raise CheckpointError(f"{folder / LABELS}: labels = {shown(labels)}: expected a list of two texts or more")
     file = open_safetensors(folder / WEIGHTS)
     entry = file.entries.get(_TENSOR)
     fits = entry is not None and len(entry.shape) == 2 and entry.shape[0] == len(labels)

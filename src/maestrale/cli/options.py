@@ -42,7 +42,7 @@ class Running:
         "auto"
     )
     weights: Annotated[
-        str, Option(help="auto (as stored), bf16, int8, int4 or, on a GPU, fp8 (quantized while loading).", group=MODEL)
+        str, Option(help="auto (as stored), bf16; quantized while loading: int8, int4, fp8 (Triton).", group=MODEL)
     ] = "auto"
     cache: Cache = "auto"
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1 …", group=MODEL)] = "auto"
