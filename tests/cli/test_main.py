@@ -160,14 +160,18 @@ def test_a_reader_that_goes_away_is_no_error(spawn, models):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("args", [["inspect"], ["--help"], ["inspect", "--help"], ["--version"]])
-def test_a_full_disk_is_code_5(spawn, args):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "args",
+    [["inspect"], ["--help"], ["inspect", "--help"], ["--version"], ["generate", "-p", "A", "--max-tokens", "1"]]
+    + [["generate", "-p", "A" * 9000, "--max-tokens", "1", "--json", "--max-len", "9100"]],  # more than a buffer
+)
+def test_a_full_disk_under_standard_output_is_told_with_code_5(spawn, models, args, unbuffered):
+    model = [] if "--help" in args or "--version" in args else [models["dense"]]
     with open("/dev/full", "w") as full:
-        process = spawn(*args, stdout=full)
-        _, err = process.communicate(timeout=20)
-    assert process.returncode == 5
-    assert err.startswith("maestrale: ")
-    assert err.count("\n") == 1
+        process = spawn(*args, *model, stdout=full, env=ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered})
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (5, "maestrale: standard output: No space left on device\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

@@ -50,6 +50,8 @@ def main() -> None:
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115 (the same)
     if isinstance(sys.stdout, io.TextIOWrapper):
+        if sys.stdout is sys.__stdout__:
+            sys.stdout = _named(sys.stdout)
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to end
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
@@ -66,7 +68,7 @@ def main() -> None:
     except (MaestraleError, OSError) as error:  # of an option's own check, or of a help screen that cannot be written
         if isinstance(error, OSError):
             _discard_unwritten(sys.stdout)
-        _complain(str(error))
+        _complain(_told(error))
         code = _exit_code(error)
     finally:
         _discard_unwritten(sys.stderr)  # a log that nobody reads any more
@@ -139,7 +141,7 @@ def _guard(verb: Callable[[], None]) -> None:
 
             traceback.print_exc()
         else:
-            _complain(str(error) or "out of memory")
+            _complain(_told(error))
         raise click.exceptions.Exit(_exit_code(error)) from None
 
 
@@ -149,9 +151,33 @@ def _exit_code(error: BaseException) -> int:
     return MemoryLimitError.exit_code if isinstance(error, MemoryError) else DiskError.exit_code
 
 
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or "out of memory"
+
+
 def _complain(message: str) -> None:
     with suppress(OSError):  # nobody listens: the exit code still tells
         print(f"maestrale: {one_line(message)}", file=sys.stderr)
+
+
+class _Stdout(io.FileIO):
+    """Standard output, whose errors name it as those of an opened file do."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = "standard output"
+            raise
+
+
+def _named(stdout: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Python's standard output once more, over a `_Stdout`."""
+    raw, at_once = _Stdout(stdout.fileno(), "wb", closefd=False), stdout.write_through  # at once: python -u
+    buffer = raw if at_once else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stdout.encoding, line_buffering=stdout.line_buffering, write_through=at_once)
 
 
 def _discard_unwritten(stream: TextIO) -> None:
