@@ -43,7 +43,7 @@ Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 d
 
 
 def main() -> None:
-    """Entry point of `maestrale` and `python -m maestrale`."""
+    """Reads sys.argv, runs the verb, and leaves with its exit code."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
@@ -126,6 +126,8 @@ def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 def _guard(verb: Callable[[], None]) -> None:
     """Runs a verb: a mistake is one line and an exit code, Ctrl-C is 130, a closed pipe is silence."""
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # until here: __main__.py's
         verb()
         sys.stdout.flush()  # here, where an error can still be told
     except KeyboardInterrupt:
