@@ -41,22 +41,26 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 FIRST_TOKEN = """
 import sys
-sys.argv = ["maestrale", "generate", "-p", "Once", "--max-tokens", "1", "--backend", "native"]
+sys.argv = "maestrale generate -p Once --max-tokens 1 --backend native --threads 1".split()
 from maestrale.cli import main
 try:
     main()
 except SystemExit:
     print(*sys.modules)
+    import psutil
+    print(psutil.Process().num_threads())
 """
 
 
 @pytest.mark.skipif(missing() is not None, reason="no kernels here")
-def test_nothing_that_takes_long_to_import_stands_before_the_first_token():
+def test_nothing_that_takes_long_to_import_and_no_idle_thread_stands_before_the_first_token():
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.endswith("_NUM_THREADS")}
     run = subprocess.run(
-        [sys.executable, "-c", FIRST_TOKEN], env=ENVIRONMENT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", FIRST_TOKEN], env=environment, capture_output=True, text=True, check=True
     )
-    first, loaded = run.stdout.splitlines()
+    first, loaded, threads = run.stdout.splitlines()
     assert first.startswith("Once")
+    assert threads == "1"  # numpy's BLAS has started none of its own
     heavy = {"torch", "mistral_common", "pydantic", "tokenizers", "tiktoken", "typer", "rich", "safetensors"}
     heavy |= {"numpy.random", "hashlib", "maestrale.checkpoint.adapter", "maestrale.cli.chat"}
     assert not heavy & set(loaded.split())
