@@ -1,7 +1,11 @@
 """LLM, the Python face: what goes in, what comes out, and what is refused before any weight is read."""
 
 import json
+import signal
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import DENSE, hf_greedy, hf_logits, hf_model, make_folder, native_weights, tokens, write_native, write_tekken
 
-from maestrale import LLM, Completion, SamplingParams, choices
+from maestrale import LLM, Completion, SamplingParams, choices, engine
 from maestrale.errors import CheckpointError, ConfigError, MemoryLimitError, RequestError, UsageError
 
 CONFIG = replace(DENSE, vocab_size=288, sliding_window=(None, None), max_position_embeddings=96)
@@ -308,3 +312,43 @@ def test_progress_counts_tokens_up_to_all_there_can_be(folder):
     assert {total for _, total in steps} == {20 + 8 + 5 + 8}
     assert sorted(steps) == steps
     assert steps[-1] == (41, 41)
+
+
+def test_ctrl_c_at_any_line_of_the_engine_harms_no_other_stream(llm, model):
+    inside = str(Path(engine.__file__).parent)
+
+    def interrupted_at(line):
+        """Whether a Ctrl-C came; it is pressed at that line of all that the engine runs through."""
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            if not frame.f_code.co_filename.startswith(inside):
+                return None
+            if event == "line":
+                count += 1
+                if count == line:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        other = llm.stream([1, 50, 60], GREEDY)
+        said = next(other).token_ids
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            with pytest.raises(KeyboardInterrupt) if line else nullcontext():
+                llm.generate([[1, 70, 71], "hello"], GREEDY)
+        finally:
+            sys.settrace(before)
+        for piece in other:
+            said = [*said, *piece.token_ids]
+        assert said == true_greedy(model, [1, 50, 60])
+        counters = llm.counters()
+        assert counters.running == counters.waiting == 0
+        assert all(pool.free + pool.cached == pool.total for pool in counters.pools)
+        return count
+
+    lines = interrupted_at(0)
+    assert lines > 500
+    for line in range(1, lines, lines // 60):
+        interrupted_at(line)

@@ -19,6 +19,7 @@ from maestrale.config import ModelConfig
 from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
 from maestrale.errors import RequestError
+from maestrale.interrupts import held_back
 from maestrale.launch import launch
 from maestrale.sampling.constraint import read_constraint
 from maestrale.sampling.params import SamplingParams
@@ -44,6 +45,7 @@ class LLM:
     max_sequences: most sequences that run at once; others wait.
     num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
         None is what the number of ranks leaves. On other ranks than 0 the call does not return.
+    ignore_unexpected: go on where the files hold tensors that the model has no place for, else a CheckpointError.
     distributed_timeout: seconds after which a rank that should have answered counts as hanging.
     adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
     of several run in one batch.
@@ -105,7 +107,9 @@ class LLM:
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
-        self._news: dict[Request, deque[tuple[Request, Completion]]] = {}  # where whose pieces are put
+        self._news: dict[
+            Request, deque[tuple[Request, Completion]]
+        ] = {}  # each request's queue of pieces; one for all of a run
 
     @property
     def config(self) -> ModelConfig:
@@ -279,11 +283,12 @@ class LLM:
         try:
             for prompt, asked, name in zip(prompts, params, adapters, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                requests.append(
-                    self._engine.submit(
-                        ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
+                with held_back():
+                    requests.append(
+                        self._engine.submit(
+                            ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
+                        )
                     )
-                )
         except BaseException:
             self._abort(requests)
             raise
@@ -292,7 +297,8 @@ class LLM:
     def _run(
         self, requests: list[Request], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Iterator[tuple[Request, Completion]]:
-        """Steps until all of `requests` have ended; however it is left, none of them stays in the engine.
+        """Steps until all of `requests` have ended; however it is left, none of them stays in the engine. Ctrl-C waits
+        for the end of a step; a second one breaks it off.
 
         Several of these may run in turns (two streams read alternately): a step's news go to whom they belong.
         """
@@ -315,8 +321,9 @@ class LLM:
                     told = time.monotonic()
                 if not unfinished:
                     return
-                for request, piece in self._engine.step():
-                    self._news[request].append((request, piece))
+                with held_back():
+                    for request, piece in self._engine.step():
+                        self._news[request].append((request, piece))
                 if not news:
                     yield requests[0], Completion()  # a chunk of a prompt: nothing new, but a moment to stop at
         finally:
@@ -325,8 +332,9 @@ class LLM:
                 del self._news[request]
 
     def _abort(self, requests: list[Request]) -> None:
-        for request in requests:
-            self._engine.abort(request)
+        with held_back():
+            for request in requests:
+                self._engine.abort(request)
 
 
 def _pair(
