@@ -70,7 +70,9 @@ def test_the_command_line_starts_without_a_framework_or_a_backend(module):
 def test_the_command_line_and_the_server_reach_engines_through_llm_only(module):
     reached = {part(name) for name in ours(imports(module))}
     assert not reached & (
-        {"engine"} if module in ("cli.train", "cli.quantize", "cli.finetune") else {"engine", "torch_backend"}
+        {"engine"}
+        if module in ("cli.train", "cli.quantize", "cli.finetune", "cli.plot")
+        else {"engine", "torch_backend"}
     )
 
 

@@ -33,6 +33,7 @@ VERBS = {  # where the function of each is
     "merge": "merge:merge",
     "train": "train:train",
     "finetune": "finetune:finetune",
+    "plot": "plot:plot",
     "classify": "embed:classify",
     "embed": "embed:embed",
     "bench": "bench:bench",
