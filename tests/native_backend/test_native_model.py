@@ -139,6 +139,7 @@ def test_copies_of_one_step_read_all_sources_before_they_write(tmp_path):
         ({"positions": np.array([0])}, "positions has the wrong size"),
         ({"starts": np.array([0, 1])}, "do not cover"),
         ({"starts": np.array([0, 2, 2])}, "tables"),
+        ({"starts": np.array([0, 400_000_000, 2]), "tables": [np.zeros((2, 4), np.int64)]}, "behind the step's rows"),
         ({"tables": [np.full((1, 4), 8)]}, "a page's number"),
         ({"tables": [np.full((1, 3), 0)]}, "page tables has the wrong size"),
         ({"copies": [np.array([[0, 8]])]}, "in a copy"),

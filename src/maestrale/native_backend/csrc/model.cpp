@@ -75,6 +75,7 @@ void Model::check(const Step& step) const {
   demand((step.hidden_out != nullptr) != has_head(), "hidden rows go out where there is no head");
   for (int64_t b = 0; b < step.sequences; ++b) {
     demand(step.starts[b] < step.starts[b + 1], "a sequence has no rows");
+    demand(step.starts[b + 1] <= step.rows, "a sequence ends behind the step's rows");
     for (int64_t t = step.starts[b]; t < step.starts[b + 1]; ++t) {
       if (has_embeddings()) demand(step.tokens[t] >= 0 && step.tokens[t] < shape_.vocab_size, "a token's id");
       demand(step.positions[t] >= 0 && step.positions[t] < int64_t(1) << 31, "a position");
