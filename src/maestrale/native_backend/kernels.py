@@ -6,6 +6,8 @@ The extension module is built at install (setup.py); where it is missing, `missi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from maestrale.checkpoint.packed import BLOCK, PackedWeight
 from maestrale.errors import UsageError
+from maestrale.threads import THREADS
 
 native: Any = None
 try:
@@ -48,6 +51,23 @@ def describe() -> str:
         return str(missing())
     isa, problem = choose_isa(), native.amx_problem()
     return isa if problem is None else f"{isa} ({problem})"
+
+
+@contextmanager
+def starting(threads: int) -> Iterator[None]:
+    """Round what starts so many threads: UsageError where the system grants fewer."""
+    try:
+        yield
+    except native.ThreadError as error:
+        raise UsageError(
+            f"threads = {threads}: the system starts no more of them ({error}); take fewer by --threads or {THREADS}"
+        ) from None
+
+
+def pool(threads: int) -> Any:
+    """Threads that work together; UsageError where the system grants fewer."""
+    with starting(threads):
+        return native.Pool(threads)
 
 
 def weight(packed: PackedWeight) -> Any:

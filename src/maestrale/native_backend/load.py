@@ -104,22 +104,23 @@ def make_model(
         raise ConfigError(
             f"head_dim = {config.head_dim}: the native backend takes at most {MAX_HEAD_DIM}; use the torch backend"
         )
-    model = kernels.native.Model(
-        dim=config.dim,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        hidden_dim=config.hidden_dim,
-        vocab_size=config.vocab_size,
-        n_chosen=config.moe.num_experts_per_tok if config.moe else 0,
-        norm_eps=config.norm_eps,
-        speeds=rope_speeds(config),
-        page_size=layout.page_size,
-        cache=cache,
-        exact=exact,
-        isa=kernels.choose_isa(isa),
-        threads=threads,
-    )
+    with kernels.starting(threads):
+        model = kernels.native.Model(
+            dim=config.dim,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden_dim=config.hidden_dim,
+            vocab_size=config.vocab_size,
+            n_chosen=config.moe.num_experts_per_tok if config.moe else 0,
+            norm_eps=config.norm_eps,
+            speeds=rope_speeds(config),
+            page_size=layout.page_size,
+            cache=cache,
+            exact=exact,
+            isa=kernels.choose_isa(isa),
+            threads=threads,
+        )
     for window, ring, pages in zip(layout.windows, layout.rings, layout.pages, strict=True):
         count = [config.sliding_window[i] for i in layers or range(config.n_layers)].count(window)
         # Left unwritten, so that a large pool takes memory only where it is used.
@@ -140,7 +141,7 @@ class _Loader:
         self, checkpoint: Checkpoint, weights: str, threads: int, total: int, progress: Callable[[int, int], None]
     ):
         self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
-        self.pool = kernels.native.Pool(threads)
+        self.pool = kernels.pool(threads)
         self.done, self.total = 0, total
 
     def layer(self, i: int) -> dict[str, Any]:

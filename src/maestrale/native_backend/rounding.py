@@ -26,7 +26,7 @@ def round_to_nearest(
     }
     scales = {"scales": parts["scales"].view(np.uint16)} if group else {"row_scales": parts["scales"]}
     if not kernels.native.round(
-        kernels.native.Pool(choose_threads(threads)),
+        kernels.pool(choose_threads(threads)),
         kernels.choose_isa(),
         tensor.dtype,
         np.ascontiguousarray(tensor.array),

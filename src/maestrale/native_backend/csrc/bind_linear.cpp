@@ -3,6 +3,7 @@
 
 #include <numeric>
 #include <stdexcept>
+#include <system_error>
 
 #include "module.h"
 #include "rows.h"
@@ -121,6 +122,7 @@ void bind_linear(nb::module_& m) {
   m.def("amx_problem", &amx_problem, "Why AMX is not among the sets; None where it is.");
   m.def("amx_self_test", &amx_self_test, "The same for its self-test alone, in a process of its own.");
 
+  nb::exception<std::system_error>(m, "ThreadError");  // nothing but a pool's threads asks the system for such things
   nb::class_<Pool>(m, "Pool")
       .def("__init__",
            [](Pool* self, int size) {
