@@ -80,14 +80,14 @@ void fill(Example& e, Format format, int64_t n, int64_t k, int64_t group, bool a
   e.weight.scales = group ? e.scales.data() : nullptr, e.weight.offsets = affine ? e.offsets.data() : nullptr;
 }
 
-bool check(const Kernels& kernels, const char* name, Format format, int64_t group, bool affine, bool exact) {
+bool check(const Kernels& kernels, const char* name, Format format, int64_t group, bool affine) {
   const int64_t n = 100, k = 384, most = 9;
   Example e;
   fill(e, format, n, k, group, affine);
   std::vector<float> x(size_t(most * k)), whole(size_t(most * n)), part(whole.size());
   for (float& value : x) value = real();
   RowsBuffer buffer;
-  const Rows rows = buffer.rows(exact ? Format::bf16 : format, most, k, group);
+  const Rows rows = buffer.rows(format, most, k, group);
   kernels.prepare(x.data(), k, 0, most, rows);
   kernels.linear(e.weight, rows, 0, blocks_of(e.weight), {whole.data(), n});
   for (int64_t t = 0; t < most; ++t) {
@@ -98,7 +98,7 @@ bool check(const Kernels& kernels, const char* name, Format format, int64_t grou
       for (int64_t i = 0; i < k; ++i) {
         const float one = x[size_t(t * k + i)];
         const double seen = format == Format::f32 ? one
-                            : exact || format == Format::bf16
+                            : format == Format::bf16
                                 ? rounded(one)
                                 : std::nearbyint(one * (127 / largest)) * double(largest / 127);
         sum += seen * e.values[size_t(o * k + i)];
@@ -111,7 +111,7 @@ bool check(const Kernels& kernels, const char* name, Format format, int64_t grou
       }
     }
   }
-  const Rows one = buffer.rows(exact ? Format::bf16 : format, 1, k, group);
+  const Rows one = buffer.rows(format, 1, k, group);
   kernels.prepare(x.data() + 4 * k, k, 0, 1, one);
   kernels.linear(e.weight, one, 0, blocks_of(e.weight), {part.data(), n});
   if (std::memcmp(part.data(), whole.data() + 4 * n, size_t(n) * 4) == 0) return true;
@@ -186,15 +186,10 @@ int main() {
   const Kernels* neon = find_kernels("neon");
   if (!neon) return std::puts("no neon kernels"), 1;
   for (const Kernels* kernels : {neon, find_kernels("generic")})
-    for (bool exact : {false, true}) {
-      if (!exact && !(check(*kernels, "f32", Format::f32, 0, false, false) &&
-                      check(*kernels, "bf16", Format::bf16, 0, false, false)))
-        return 1;
-      if (!(check(*kernels, "int8", Format::int8, 0, false, exact) &&
-            check(*kernels, "int4", Format::int4, 32, false, exact) &&
-            check(*kernels, "int4 affine", Format::int4, 64, true, exact)))
-        return 1;
-    }
+    if (!(check(*kernels, "f32", Format::f32, 0, false) && check(*kernels, "bf16", Format::bf16, 0, false) &&
+          check(*kernels, "int8", Format::int8, 0, false) && check(*kernels, "int4", Format::int4, 32, false) &&
+          check(*kernels, "int4 affine", Format::int4, 64, true)))
+      return 1;
   for (const Kernels* kernels : {neon, find_kernels("generic")})
     for (Kept kept : {Kept::f32, Kept::bf16, Kept::int8})
       for (int64_t window : {int64_t(21), std::numeric_limits<int64_t>::max()})

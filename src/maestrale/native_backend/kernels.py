@@ -77,10 +77,10 @@ def weight(packed: PackedWeight) -> Any:
     return native.Weight(packed.format, n, k, packed.group, parts["data"], *optional)
 
 
-def linear(pool: Any, isa: str, weight: Any, x: NDArray[np.float32], exact: bool = False) -> NDArray[np.float32]:
-    """x [rows, k] times the weight's [n, k] transposed. exact: nothing is quantized but the weight."""
+def linear(pool: Any, isa: str, weight: Any, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """x [rows, k] times the weight's [n, k] transposed."""
     y = np.empty((len(x), weight.n), np.float32)
-    native.linear(pool, isa, weight, np.ascontiguousarray(x, np.float32), y, exact=exact)
+    native.linear(pool, isa, weight, np.ascontiguousarray(x, np.float32), y)
     return y
 
 

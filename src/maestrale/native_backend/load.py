@@ -27,7 +27,6 @@ def load_model(
     *,
     cache: str,
     threads: int,
-    exact: bool = False,
     isa: str | None = None,
     layers: range | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -36,14 +35,13 @@ def load_model(
     tensors in all).
 
     weights: the format that linear layers get which the folder does not hold packed; those keep theirs. cache: how keys
-    and values are kept, "f32", "bf16" or "int8" (codes, and a scale for each position and head). exact: activations
-    meet quantized weights in bf16. At no time more than one tensor exists twice; the embeddings and what is packed
-    already stay mapped from the file. layers: those of a pipeline's stage, all where None; only the first stage has the
-    embeddings, only the last the head.
+    and values are kept, "f32", "bf16" or "int8" (codes, and a scale for each position and head). At no time more than
+    one tensor exists twice; the embeddings and what is packed already stay mapped from the file. layers: those of a
+    pipeline's stage, all where None; only the first stage has the embeddings, only the last the head.
     """
     config, every = checkpoint.config, range(checkpoint.config.n_layers)
     layers = layers or every
-    options: dict[str, Any] = {"cache": cache, "threads": threads, "exact": exact, "isa": isa}
+    options: dict[str, Any] = {"cache": cache, "threads": threads, "isa": isa}
     model = make_model(config, layout, layers=layers, **options)
     first, last = layers[0] == every[0], layers[-1] == every[-1]
     mine = tuple(f"layers.{i}." for i in layers)
@@ -95,7 +93,6 @@ def make_model(
     *,
     cache: str,
     threads: int,
-    exact: bool = False,
     isa: str | None = None,
     layers: range | None = None,
 ) -> Any:
@@ -117,7 +114,6 @@ def make_model(
             speeds=rope_speeds(config),
             page_size=layout.page_size,
             cache=cache,
-            exact=exact,
             isa=kernels.choose_isa(isa),
             threads=threads,
         )

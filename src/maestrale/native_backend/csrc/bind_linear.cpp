@@ -94,16 +94,15 @@ struct Request {
 // Checks shapes, prepares the rows of x and says where results go.
 Request request(Pool& pool, const Kernels& kernels, RowsBuffer& buffer, const Weight& w,
                 const Array<const float>& x, const Array<float>& y, std::optional<std::pair<int64_t, int64_t>> blocks,
-                bool exact, bool add) {
+                bool add) {
   if (x.ndim() != 2 || y.ndim() != 2 || int64_t(x.shape(1)) != w.k || int64_t(y.shape(1)) != w.n ||
       x.shape(0) != y.shape(0))
     throw std::invalid_argument("x must be [rows, " + std::to_string(w.k) + "] and y [rows, " + std::to_string(w.n) +
                                 "]");
   const auto [first, last] = blocks.value_or(std::pair<int64_t, int64_t>(0, blocks_of(w)));
   if (first < 0 || last > blocks_of(w)) throw std::invalid_argument("blocks beyond the weight's");
-  const bool quantized = w.format == Format::int8 || w.format == Format::int4;
   const int64_t count = int64_t(x.shape(0));
-  const Rows rows = buffer.rows(exact && quantized ? Format::bf16 : w.format, count, w.k, w.group);
+  const Rows rows = buffer.rows(w.format, count, w.k, w.group);
   pool.run([&](int thread) {
     const int64_t begin = count * thread / pool.size(), end = count * (thread + 1) / pool.size();
     kernels.prepare(x.data(), w.k, begin, end, rows);
@@ -145,33 +144,33 @@ void bind_linear(nb::module_& m) {
   m.def(
       "linear",
       [](Pool& pool, const std::string& isa, const HeldWeight& held, Array<const float> x, Array<float> y,
-         std::optional<std::pair<int64_t, int64_t>> blocks, bool exact, bool add) {
+         std::optional<std::pair<int64_t, int64_t>> blocks, bool add) {
         const Kernels& kernels = kernels_named(isa);
         RowsBuffer buffer;
         nb::gil_scoped_release released;
-        const Request r = request(pool, kernels, buffer, held.weight, x, y, blocks, exact, add);
+        const Request r = request(pool, kernels, buffer, held.weight, x, y, blocks, add);
         spread(pool, r.first, r.last,
                [&](int64_t begin, int64_t end) { kernels.linear(held.weight, r.rows, begin, end, r.out); });
       },
       nb::arg("pool"), nb::arg("isa"), nb::arg("weight"), nb::arg("x"), nb::arg("y"),
-      nb::arg("blocks") = nb::none(), nb::arg("exact") = false, nb::arg("add") = false);
+      nb::arg("blocks") = nb::none(), nb::arg("add") = false);
 
   m.def(
       "swiglu",
       [](Pool& pool, const std::string& isa, const HeldWeight& w1, const HeldWeight& w3, Array<const float> x,
-         Array<float> y, bool exact, bool add) {
+         Array<float> y, bool add) {
         const Kernels& kernels = kernels_named(isa);
         if (w1.weight.format != w3.weight.format || w1.weight.n != w3.weight.n || w1.weight.k != w3.weight.k ||
             w1.weight.group != w3.weight.group)
           throw std::invalid_argument("w1 and w3 must have one shape and format");
         RowsBuffer buffer;
         nb::gil_scoped_release released;
-        const Request r = request(pool, kernels, buffer, w1.weight, x, y, std::nullopt, exact, add);
+        const Request r = request(pool, kernels, buffer, w1.weight, x, y, std::nullopt, add);
         spread(pool, r.first, r.last,
                [&](int64_t begin, int64_t end) { kernels.swiglu(w1.weight, w3.weight, r.rows, begin, end, r.out); });
       },
       nb::arg("pool"), nb::arg("isa"), nb::arg("w1"), nb::arg("w3"), nb::arg("x"), nb::arg("y"),
-      nb::arg("exact") = false, nb::arg("add") = false);
+      nb::arg("add") = false);
 
   m.def("read_limit", [](Pool& pool, const std::string& isa, AnyArray memory) {
     const Kernels& kernels = kernels_named(isa);

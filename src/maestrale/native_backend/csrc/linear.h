@@ -35,9 +35,8 @@ struct Weight {
 // Rows of activations in the form that a weight's format multiplies with: `prepare` makes them from fp32.
 //   f32: x as it is. bf16: rounded to nearest even. int8, int4: q = round(x * 127 / max|x|) for each row, with the
 //   scale max|x| / 127; for int4 also -8 times the sum of q over each `group` inputs.
-// An int8 or int4 weight takes bf16 rows too: that is the exact product, in which nothing but the weight is quantized.
 struct Rows {
-  Format format;           // of the rows, not of the weight
+  Format format;
   int64_t count, k;
   int64_t group;           // int4
   int64_t stride;          // bytes from one row of `data` to the next: row_bytes(format, k)

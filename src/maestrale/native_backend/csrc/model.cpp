@@ -30,15 +30,13 @@ float from_half(uint16_t bits) {
 
 }  // namespace
 
-Model::Model(Shape shape, int64_t page_size, Kept kept, bool exact, const Kernels& kernels, int threads)
+Model::Model(Shape shape, int64_t page_size, Kept kept, const Kernels& kernels, int threads)
     : shape_(std::move(shape)),
       head_(head_layout(shape_.head_dim, page_size, kept)),
       kernels_(kernels),
-      shared_(exact),
-      orders_(threads),
-      pool_(threads) {
-  for (int thread = 0; thread < threads; ++thread) own_.emplace_back(exact);
-}
+      own_(size_t(threads)),
+      orders_(size_t(threads)),
+      pool_(threads) {}
 
 void Model::add_layer(Layer layer) {
   const auto note = [&](Desk& desk) {
