@@ -70,3 +70,10 @@ def rows_seen(name: str, x: np.ndarray) -> np.ndarray:
     most = np.abs(x).max(axis=1, keepdims=True)
     inverse = np.float32(127) / most
     return np.rint(x * inverse).astype(np.float64) * (most / np.float32(127)).astype(np.float64)
+
+
+def product(pool, isa: str, weight, x: np.ndarray) -> np.ndarray:
+    """x [rows, k] times the weight's [n, k] transposed, by the kernels."""
+    y = np.empty((len(x), weight.n), np.float32)
+    kernels.native.linear(pool, isa, weight, np.ascontiguousarray(x), y)
+    return y
