@@ -7,8 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "kernels.h"
-#include "rows.h"
+#include "activations.h"
 
 using namespace maestrale;
 
@@ -86,9 +85,11 @@ bool check(const Kernels& kernels, const char* name, Format format, int64_t grou
   fill(e, format, n, k, group, affine);
   std::vector<float> x(size_t(most * k)), whole(size_t(most * n)), part(whole.size());
   for (float& value : x) value = real();
-  RowsBuffer buffer;
-  const Rows rows = buffer.rows(format, most, k, group);
-  kernels.prepare(x.data(), k, 0, most, rows);
+  Activations room;
+  room.want(e.weight);
+  room.reserve(most);
+  room.prepare(kernels, {&e.weight}, x.data(), k, 0, most);
+  const Rows rows = room.rows(e.weight, 0, most);
   kernels.linear(e.weight, rows, 0, blocks_of(e.weight), {whole.data(), n});
   for (int64_t t = 0; t < most; ++t) {
     float largest = 0;
@@ -111,8 +112,8 @@ bool check(const Kernels& kernels, const char* name, Format format, int64_t grou
       }
     }
   }
-  const Rows one = buffer.rows(format, 1, k, group);
-  kernels.prepare(x.data() + 4 * k, k, 0, 1, one);
+  room.prepare(kernels, {&e.weight}, x.data() + 4 * k, k, 0, 1);
+  const Rows one = room.rows(e.weight, 0, 1);
   kernels.linear(e.weight, one, 0, blocks_of(e.weight), {part.data(), n});
   if (std::memcmp(part.data(), whole.data() + 4 * n, size_t(n) * 4) == 0) return true;
   std::printf("%s %s: a row alone has other bits than among nine\n", kernels.isa, name);

@@ -32,6 +32,9 @@ struct Weight {
   const float* offsets;      // int4, affine only; else null
 };
 
+// Whether both take rows of one form.
+inline bool alike(const Weight& a, const Weight& b) { return a.format == b.format && a.group == b.group; }
+
 // Rows of activations in the form that a weight's format multiplies with: `prepare` makes them from fp32.
 //   f32: x as it is. bf16: rounded to nearest even. int8, int4: q = round(x * 127 / max|x|) for each row, with the
 //   scale max|x| / 127; for int4 also -8 times the sum of q over each `group` inputs.
@@ -59,7 +62,8 @@ inline int64_t block_bytes(const Weight& w) {
 
 inline int64_t blocks_of(const Weight& w) { return (w.n + kBlock - 1) / kBlock; }
 
-// Where a product goes: y[t * stride + o] = or += the sum, for the outputs o < n of the blocks asked for.
+// Where a product goes: y[t * stride + o] = or, of a linear layer, += the sum, for the outputs o < n of the blocks asked
+// for.
 struct Output {
   float* y;
   int64_t stride;

@@ -243,9 +243,7 @@ inline void swiglu_of(const Weight& w1, const Weight& w3, const Rows& rows, int6
         for (int64_t i = 0; i < wide; i += kBlock) {
           const int64_t n = wide - i < kBlock ? wide - i : kBlock;
           const Floats a = load_first(gate + t * kWide + i, n), b = load_first(up + t * kWide + i, n);
-          float* y = out.y + (row + t) * out.stride + o + i;
-          const Floats joined = silu(a) * b;
-          store_first(y, out.add ? load_first(y, n) + joined : joined, n);
+          store_first(out.y + (row + t) * out.stride + o + i, silu(a) * b, n);
         }
     }
   }

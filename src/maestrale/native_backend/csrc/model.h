@@ -31,8 +31,6 @@ struct FeedForward {
   Weight w1, w2, w3;
 };
 
-inline bool alike(const Weight& a, const Weight& b) { return a.format == b.format && a.group == b.group; }
-
 struct Layer {
   const float* attention_norm;
   Weight wq, wk, wv, wo;
