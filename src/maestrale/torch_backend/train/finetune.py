@@ -32,7 +32,7 @@ from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
 from maestrale.torch_backend.train.int4 import to_int4
 from maestrale.torch_backend.train.loop import Run
 from maestrale.torch_backend.train.objective import Classes, Language, Objective, Preferences
-from maestrale.torch_backend.train.packing import pack_samples
+from maestrale.torch_backend.train.packing import TooLong, pack_samples
 from maestrale.torch_backend.train.parallel import ranks_of_torchrun
 from maestrale.torch_backend.train.report import finetune_card
 from maestrale.torch_backend.train.step import autocast
@@ -55,14 +55,29 @@ class FinetuneResult:
 
 
 @dataclass(frozen=True)
+class _File:
+    """A file's samples. kept: in task `lm` as sequences, else those that are short enough. long: of all."""
+
+    path: str
+    samples: Sequence[Any]
+    kept: Any
+    long: TooLong
+
+    def notice(self, seq_len: int) -> str:
+        return (
+            f"{self.path}: {self.long.cut + self.long.left_out} of {len(self.samples)} samples are longer than "
+            f"seq_len = {seq_len}: {self.long.cut} texts are cut, {self.long.left_out} others left out"
+        )
+
+
+@dataclass(frozen=True)
 class _Data:
-    """form: what tokenizer.model's name is to tell, where there are conversations to learn and it does not."""
+    """files: what is learnt first. form: what tokenizer.model's name is to tell, where there are conversations to learn
+    and it does not."""
 
     train: Objective
     heldout: Objective | None
-    samples: int
-    cut: int
-    left_out: int
+    files: Sequence[_File]
     form: str | None
 
     @property
@@ -91,11 +106,9 @@ def finetune(
                     f"seq_len = {settings.seq_len} is over the model's max_position_embeddings = {longest}"
                 )
             data = _read(settings, tokenizer)
-            if data.cut or data.left_out:
-                notice(
-                    f"{data.cut + data.left_out} of {data.samples} samples are longer than seq_len = "
-                    f"{settings.seq_len}: {data.cut} texts are cut, {data.left_out} others left out"
-                )
+            for file in data.files:
+                if file.long.cut or file.long.left_out:
+                    notice(file.notice(settings.seq_len))
             if data.form and settings.method != "full":
                 notice(
                     f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
@@ -113,9 +126,9 @@ def finetune(
             result = FinetuneResult(
                 out=settings.out,
                 steps=steps,
-                samples=data.samples,
-                cut=data.cut,
-                left_out=data.left_out,
+                samples=len(data.files[0].samples),
+                cut=data.files[0].long.cut,
+                left_out=data.files[0].long.left_out,
                 learnable=learnable,
                 seconds=round(seconds, 1),
                 heldout_loss=loss,
@@ -162,35 +175,39 @@ def _require_memory(checkpoint: Checkpoint, settings: FinetuneSettings) -> None:
 
 
 def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
-    train = require_samples(settings.train, tokenizer, settings.task)
-    heldout = [] if settings.heldout is None else require_samples(settings.heldout, tokenizer, settings.task)
+    def opened(path: str | None) -> _File | None:
+        return None if path is None else _open(path, settings, tokenizer)
+
+    train, heldout, own = _open(settings.train, settings, tokenizer), opened(settings.heldout), opened(settings.own)
+    files = [file for file in (train, heldout, own) if file is not None]
     if settings.task == "lm":
-        packed, too_long = pack_samples(train, settings.seq_len)
-        if not len(packed):
-            raise DataError(f"{settings.train}: every sample is longer than seq_len = {settings.seq_len}")
-        test = Language(pack_samples(heldout, settings.seq_len)[0]) if heldout else None
-        own = None
-        if settings.own is not None:
-            own, _ = pack_samples(require_samples(settings.own, tokenizer, settings.task), settings.seq_len)
-        objective = language(packed, own, settings.own_share)
-        form = tokenizer.untold_form if any(sample.whole for sample in train) else None
-        return _Data(objective, test, len(train), too_long.cut, too_long.left_out, form)
-    kept = [sample for sample in train if _length(sample) <= settings.seq_len]
-    test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
-    if not kept:
-        raise DataError(f"{settings.train}: every sample is longer than seq_len = {settings.seq_len}")
-    left_out = len(train) - len(kept)
+        objective = language(train.kept, None if own is None else own.kept, settings.own_share)
+        form = tokenizer.untold_form if any(sample.whole for sample in train.samples) else None
+        return _Data(objective, None if heldout is None else Language(heldout.kept), files, form)
     if settings.task == "dpo":
-        pairs = Preferences(kept, settings.beta)
-        test_pairs = Preferences(test_kept, settings.beta) if test_kept else None
-        return _Data(pairs, test_pairs, len(train), 0, left_out, tokenizer.untold_form)
-    labels = sorted({sample.label for sample in kept})
+        test_pairs = None if heldout is None else Preferences(heldout.kept, settings.beta)
+        return _Data(Preferences(train.kept, settings.beta), test_pairs, files, tokenizer.untold_form)
+    labels = sorted({sample.label for sample in train.kept})
     if len(labels) < 2:
-        raise DataError(f"{settings.train}: one label, {labels[0]!r}, in all samples; expected two or more")
-    if strange := [f"{settings.heldout}:{s.line}: {s.label!r}" for s in test_kept if s.label not in labels]:
-        raise DataError(f"labels that {settings.train} does not hold: {', '.join(strange[:10])}")
-    test_classes = Classes(test_kept, labels) if test_kept else None
-    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out, form=None)
+        raise DataError(f"{train.path}: one label, {labels[0]!r}, in all samples; expected two or more")
+    if heldout is None:
+        return _Data(Classes(train.kept, labels), None, files, form=None)
+    if strange := [f"{heldout.path}:{s.line}: {s.label!r}" for s in heldout.kept if s.label not in labels]:
+        raise DataError(f"labels that {train.path} does not hold: {', '.join(strange[:10])}")
+    return _Data(Classes(train.kept, labels), Classes(heldout.kept, labels), files, form=None)
+
+
+def _open(path: str, settings: FinetuneSettings, tokenizer: Tokenizer) -> _File:
+    samples = require_samples(path, tokenizer, settings.task)
+    if settings.task == "lm":
+        packed, long = pack_samples(samples, settings.seq_len)
+        file = _File(path, samples, packed, long)
+    else:
+        kept = [sample for sample in samples if _length(sample) <= settings.seq_len]
+        file = _File(path, samples, kept, TooLong(cut=0, left_out=len(samples) - len(kept)))
+    if not len(file.kept):
+        raise DataError(f"{path}: every sample is longer than seq_len = {settings.seq_len}: raise it")
+    return file
 
 
 def _length(sample: Any) -> int:
