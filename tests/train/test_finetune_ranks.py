@@ -13,14 +13,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from parallel.start import free_port
 from safetensors.torch import load_file
-from tiny import MIXTURE, WINDOWED, make_folder, write_tekken
+from tiny import DENSE, MIXTURE, WINDOWED, make_folder, write_tekken
 
-from maestrale.errors import UsageError
-from maestrale.torch_backend.train.finetune import finetune
+from maestrale.checkpoint.reader import open_checkpoint
+from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.torch_backend.train.finetune import finetune, require_memory
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
-from maestrale.torch_backend.train.parallel import ranks_of_torchrun
+from maestrale.torch_backend.train.parallel import Ranks, ranks_of_torchrun
 from maestrale.torch_backend.train.report import read_log
 
 # Every run interrupts itself, on one rank alone, in the step that it is told. All settings one after another: starting
@@ -136,3 +138,38 @@ def test_a_rank_that_is_told_nonsense_says_so_in_a_line(told, said, monkeypatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=said), ranks_of_torchrun():
         pass
+
+
+@pytest.mark.parametrize(
+    ("method", "stored", "ranks", "on_host", "each"),
+    [
+        ("full", torch.float32, 1, 1, 16),
+        ("full", torch.float32, 2, 2, 8),  # weight, gradient and two moments, cut
+        ("full", torch.bfloat16, 8, 4, 4),  # the whole in fp32, before it is cut
+        ("lora", torch.float32, 2, 2, 2),  # likewise, in bf16
+        ("lora", torch.bfloat16, 2, 2, 1),  # mapped, and cut
+        ("qlora", torch.bfloat16, 2, 2, 0.6),  # int4 is not cut
+    ],
+)
+@pytest.mark.parametrize("told", ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_the_ranks_of_a_host_share_its_memory(told, method, stored, ranks, on_host, each, tmp_path, monkeypatch):
+    """each: bytes a parameter that one rank must have at some moment."""
+
+    class Alike(Ranks):
+        def least(self, number: int) -> int:
+            return number
+
+    folder = make_folder(tmp_path / "model", DENSE, dtype=stored)
+    parameters = sum(tensor.numel() for tensor in load_file(folder / "consolidated.safetensors").values())
+    monkeypatch.setenv(told, str(on_host))
+    made = FinetuneSettings(model=str(folder), train="t", out="o", method=method)
+    for missing in (0, 100):
+        free = int(each * parameters) * on_host - missing
+        monkeypatch.setattr("maestrale.torch_backend.train.finetune.available_memory", lambda free=free: free)
+        with open_checkpoint(folder) as checkpoint:
+            if not missing:
+                require_memory(checkpoint, made, Alike(0, ranks))
+                continue
+            said = "GiB are to be had" if ranks == 1 else f"alone on each of {ranks} ranks"
+            with pytest.raises(MemoryLimitError, match=rf"method {method} needs .*{said}"):
+                require_memory(checkpoint, made, Alike(0, ranks))

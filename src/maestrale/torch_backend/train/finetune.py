@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.checkpoint.writer import save_checkpoint
 from maestrale.errors import DataError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory
+from maestrale.parallel.launcher import ranks_on_this_host
 from maestrale.plan import count_parameters
 from maestrale.text.samples import require_samples
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ from maestrale.torch_backend.train.int4 import to_int4
 from maestrale.torch_backend.train.loop import Run
 from maestrale.torch_backend.train.objective import Classes, Language, Objective, Preferences
 from maestrale.torch_backend.train.packing import TooLong, pack_samples
-from maestrale.torch_backend.train.parallel import ranks_of_torchrun
+from maestrale.torch_backend.train.parallel import Ranks, ranks_of_torchrun
 from maestrale.torch_backend.train.report import finetune_card
 from maestrale.torch_backend.train.step import autocast
 from maestrale.torch_backend.train.unlikely import language
@@ -116,6 +116,7 @@ def finetune(
                 )
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
+            require_memory(checkpoint, settings, ranks)
             model = prepare(checkpoint, settings, len(data.labels))
             learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             ranks.shard(model)
@@ -141,7 +142,6 @@ def finetune(
 
 def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) -> Transformer:
     """The model with all that can learn in fp32 and free to, and nothing else."""
-    _require_memory(checkpoint, settings)
     full = settings.method == "full"
     dtype = torch.bfloat16 if settings.bf16 and not full else torch.float32
     model = load_model(checkpoint, dtype, torch.device("cpu"))
@@ -162,15 +162,20 @@ def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) ->
     return model
 
 
-def _require_memory(checkpoint: Checkpoint, settings: FinetuneSettings) -> None:
-    parameters = count_parameters(checkpoint.config)[0]
-    each = {"full": 16.0, "qlora": 0.6}.get(settings.method, 2.0 if settings.bf16 else 4.0)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    needed, free = int(each * parameters) // size, available_memory()
+def require_memory(checkpoint: Checkpoint, settings: FinetuneSettings, ranks: Ranks) -> None:
+    """MemoryLimitError, on all ranks alike, where the weights and what learns them do not fit. Each rank loads the
+    model whole before it is cut; int4 weights are never cut."""
+    full, parameters = settings.method == "full", count_parameters(checkpoint.config)[0]
+    name, size = ("F32", 4.0) if full or not settings.bf16 else ("BF16", 2.0)
+    mapped = checkpoint.dtype == name and not checkpoint.quantized  # from the file, until a part of it is copied
+    kept = 0.6 if settings.method == "qlora" else (16.0 if full else size) / ranks.size
+    needed = int(max(kept, 0.0 if mapped else size) * parameters)
+    free = ranks.least(available_memory() // ranks_on_this_host())
     if needed > free:
+        each = "" if ranks.size == 1 else f" on each of {ranks.size} ranks"
         raise MemoryLimitError(
-            f"{checkpoint.folder}: method {settings.method} needs {needed / 2**30:.1f} GiB for weights alone, "
-            f"{free / 2**30:.1f} GiB are to be had; lora and qlora need less, and torchrun divides over ranks"
+            f"{checkpoint.folder}: method {settings.method} needs {needed / 2**30:.1f} GiB for weights alone{each}, "
+            f"{free / 2**30:.1f} GiB are to be had; lora and qlora need less, and ranks on several hosts divide it"
         )
 
 

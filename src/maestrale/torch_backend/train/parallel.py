@@ -39,6 +39,13 @@ class Ranks:
             torch.distributed.all_reduce(value)
         return value
 
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers, when all have come to say theirs."""
+        value = torch.tensor(number)
+        if self.size > 1:
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
+        return int(value)
+
     def clip_gradients(self, model: nn.Module, limit: float) -> float:
         """Scales all gradients so that their norm is `limit` at most; gives the norm that they had."""
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit)
