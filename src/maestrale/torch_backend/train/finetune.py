@@ -63,12 +63,6 @@ class _File:
     kept: Any
     long: TooLong
 
-    def notice(self, seq_len: int) -> str:
-        return (
-            f"{self.path}: {self.long.cut + self.long.left_out} of {len(self.samples)} samples are longer than "
-            f"seq_len = {seq_len}: {self.long.cut} texts are cut, {self.long.left_out} others left out"
-        )
-
 
 @dataclass(frozen=True)
 class _Data:
@@ -93,8 +87,8 @@ def finetune(
 ) -> FinetuneResult:
     """Trains, or with `resume` goes on from the last state, and writes the adapter or the model to `settings.out`.
 
-    notice: gets a line for what the user should know before it starts. Errors as Run's; CheckpointError for the
-    model, DataError for the samples, MemoryLimitError where it cannot fit.
+    notice: gets a line, on the first rank, for what the user should know before it starts. Errors as Run's;
+    CheckpointError for the model, DataError for the samples, MemoryLimitError where it cannot fit.
     """
     with ranks_of_torchrun() as ranks, open_checkpoint(settings.model) as checkpoint:
         run = Run(settings, resume, force, ranks)
@@ -106,14 +100,8 @@ def finetune(
                     f"seq_len = {settings.seq_len} is over the model's max_position_embeddings = {longest}"
                 )
             data = _read(settings, tokenizer)
-            for file in data.files:
-                if file.long.cut or file.long.left_out:
-                    notice(file.notice(settings.seq_len))
-            if data.form and settings.method != "full":
-                notice(
-                    f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
-                    f"tokenizer.model.{data.form}"
-                )
+            if ranks.first:
+                _tell(notice, settings, data, tokenizer)
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
             require_memory(checkpoint, settings, ranks)
@@ -138,6 +126,20 @@ def finetune(
             ranks.rest(model)
             _export(run, settings, checkpoint, model, data, result)
     return result
+
+
+def _tell(notice: Callable[[str], None], settings: FinetuneSettings, data: _Data, tokenizer: Tokenizer) -> None:
+    for file in data.files:
+        if file.long.cut or file.long.left_out:
+            notice(
+                f"{file.path}: {file.long.cut + file.long.left_out} of {len(file.samples)} samples are longer than "
+                f"seq_len = {settings.seq_len}: {file.long.cut} texts are cut, {file.long.left_out} others left out"
+            )
+    if data.form and settings.method != "full":
+        notice(
+            f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
+            f"tokenizer.model.{data.form}"
+        )
 
 
 def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) -> Transformer:
