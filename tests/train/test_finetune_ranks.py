@@ -20,6 +20,7 @@ from tiny import DENSE, MIXTURE, WINDOWED, make_folder, write_tekken
 
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train.finetune import finetune, require_memory
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
 from maestrale.torch_backend.train.parallel import Ranks, ranks_of_torchrun
@@ -138,6 +139,26 @@ def test_a_rank_that_is_told_nonsense_says_so_in_a_line(told, said, monkeypatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=said), ranks_of_torchrun():
         pass
+
+
+def test_ranks_stay_on_cpus_with_a_gpu_in_the_machine_too(monkeypatch):
+    """NCCL would want a GPU for each rank, and FSDP left to itself chooses GPUs where it sees one."""
+    met, model = [], Transformer(DENSE)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **told: met.append(backend))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed.device_mesh, "init_device_mesh", lambda device, shape: (device, shape))
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", lambda module, mesh=None: met.append(mesh))
+    monkeypatch.setattr(torch.distributed.fsdp, "register_fsdp_forward_method", lambda module, name: None)
+    with ranks_of_torchrun() as ranks:
+        assert (ranks.rank, ranks.size) == (0, 2)
+        ranks.shard(model)
+    assert met == ["gloo", *[("cpu", (2,))] * 3]
 
 
 @pytest.mark.parametrize(
