@@ -17,7 +17,9 @@ from maestrale.checkpoint.adapter import Adapter, save_adapter
 from maestrale.checkpoint.classifier import write_classifier
 from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import StoredTensor
+from maestrale.checkpoint.quantize import Quantizer
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
+from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.checkpoint.writer import save_checkpoint
 from maestrale.errors import DataError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory
@@ -29,7 +31,7 @@ from maestrale.torch_backend import lora
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
-from maestrale.torch_backend.train.int4 import to_int4
+from maestrale.torch_backend.train.int4 import int4_layer
 from maestrale.torch_backend.train.loop import Run
 from maestrale.torch_backend.train.objective import Classes, Language, Objective, Preferences
 from maestrale.torch_backend.train.packing import TooLong, pack_samples
@@ -84,11 +86,13 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     notice: Callable[[str], None] = lambda line: None,
+    quantizer: Quantizer = round_to_nearest,
 ) -> FinetuneResult:
     """Trains, or with `resume` goes on from the last state, and writes the adapter or the model to `settings.out`.
 
-    notice: gets a line, on the first rank, for what the user should know before it starts. Errors as Run's;
-    CheckpointError for the model, DataError for the samples, MemoryLimitError where it cannot fit.
+    notice: gets a line, on the first rank, for what the user should know before it starts. quantizer: rounds the base
+    of `qlora`. Errors as Run's; CheckpointError for the model, DataError for the samples, MemoryLimitError where it
+    cannot fit.
     """
     with ranks_of_torchrun() as ranks, open_checkpoint(settings.model) as checkpoint:
         run = Run(settings, resume, force, ranks)
@@ -105,7 +109,7 @@ def finetune(
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
             require_memory(checkpoint, settings, ranks)
-            model = prepare(checkpoint, settings, len(data.labels))
+            model = prepare(checkpoint, settings, len(data.labels), quantizer)
             learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             ranks.shard(model)
             model.train()
@@ -142,16 +146,20 @@ def _tell(notice: Callable[[str], None], settings: FinetuneSettings, data: _Data
         )
 
 
-def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) -> Transformer:
+def prepare(
+    checkpoint: Checkpoint, settings: FinetuneSettings, classes: int, quantizer: Quantizer = round_to_nearest
+) -> Transformer:
     """The model with all that can learn in fp32 and free to, and nothing else."""
     full = settings.method == "full"
     dtype = torch.bfloat16 if settings.bf16 and not full else torch.float32
-    model = load_model(checkpoint, dtype, torch.device("cpu"))
+
+    def keep(name: str) -> nn.Module | None:
+        return int4_layer(checkpoint, name, settings.group, quantizer, dtype) if settings.method == "qlora" else None
+
+    model = load_model(checkpoint, dtype, torch.device("cpu"), keep=keep)
     if full:
         model.requires_grad_(True)
     else:
-        if settings.method == "qlora":
-            to_int4(model, settings.group)
         names = lora.target_layers(checkpoint.config, settings.targets)
         lora.add_lora(
             model, names, settings.rank, settings.alpha / settings.rank, settings.method == "dora", settings.seed
@@ -166,17 +174,17 @@ def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) ->
 
 def require_memory(checkpoint: Checkpoint, settings: FinetuneSettings, ranks: Ranks) -> None:
     """MemoryLimitError, on all ranks alike, where the weights and what learns them do not fit. Each rank loads the
-    model whole before it is cut; int4 weights are never cut."""
+    model whole before it is cut; int4 weights are made one by one, and never cut."""
     full, parameters = settings.method == "full", count_parameters(checkpoint.config)[0]
     name, size = ("F32", 4.0) if full or not settings.bf16 else ("BF16", 2.0)
     mapped = checkpoint.dtype == name and not checkpoint.quantized  # from the file, until a part of it is copied
-    kept = 0.6 if settings.method == "qlora" else (16.0 if full else size) / ranks.size
-    needed = int(max(kept, 0.0 if mapped else size) * parameters)
+    each = max((16.0 if full else size) / ranks.size, 0.0 if mapped else size)
+    needed = int((0.6 if settings.method == "qlora" else each) * parameters)
     free = ranks.least(available_memory() // ranks_on_this_host())
     if needed > free:
-        each = "" if ranks.size == 1 else f" on each of {ranks.size} ranks"
+        where = "" if ranks.size == 1 else f" on each of {ranks.size} ranks"
         raise MemoryLimitError(
-            f"{checkpoint.folder}: method {settings.method} needs {needed / 2**30:.1f} GiB for weights alone{each}, "
+            f"{checkpoint.folder}: method {settings.method} needs {needed / 2**30:.1f} GiB for weights alone{where}, "
             f"{free / 2**30:.1f} GiB are to be had; lora and qlora need less, and ranks on several hosts divide it"
         )
 
