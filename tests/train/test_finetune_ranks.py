@@ -23,8 +23,8 @@ from maestrale.errors import MemoryLimitError, UsageError
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train.finetune import finetune, require_memory
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.losses import read_log
 from maestrale.torch_backend.train.parallel import Ranks, ranks_of_torchrun
-from maestrale.torch_backend.train.report import read_log
 
 # Every run interrupts itself, on one rank alone, in the step that it is told. All settings one after another: starting
 # ranks takes longer than their training.
