@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -38,8 +39,19 @@ class IdleRunner:
         return StepOutput(self.rows[first : first + len(batch.logit_rows)])
 
 
-def microseconds_per_step(kinds: str, sequences: int, rounds: int = 60) -> float:
-    engine = Engine(IdleRunner(KINDS[kinds], sequences), VOCAB, None, sequences)
+class IdleDevice(IdleRunner):
+    """One that draws tokens itself, as a GPU does: the engine begins each step while another is under way."""
+
+    draws, depth = True, 2
+
+    def begin(self, batch: Batch) -> Callable[[], StepOutput]:
+        output = self.step(batch)
+        tokens = np.full(len(batch.logit_rows), self.order[0])
+        return lambda: StepOutput(output.logits, tokens=tokens)
+
+
+def microseconds_per_step(kinds: str, sequences: int, rounds: int, runner: type[IdleRunner]) -> float:
+    engine = Engine(runner(KINDS[kinds], sequences), VOCAB, None, sequences)
     params = SamplingParams(max_tokens=4096 - PROMPT, temperature=0)
     prompts = np.random.default_rng(1).integers(VOCAB, size=(sequences, PROMPT)).tolist()
     requests = [engine.submit(prompt, params) for prompt in prompts]
@@ -55,7 +67,12 @@ def microseconds_per_step(kinds: str, sequences: int, rounds: int = 60) -> float
 
 
 def main() -> None:
-    found = {kinds: {n: round(microseconds_per_step(kinds, n), 1) for n in (1, 4, 16, 64)} for kinds in KINDS}
+    found = {
+        kinds: {n: round(microseconds_per_step(kinds, n, 60, IdleRunner), 1) for n in (1, 4, 16, 64)} for kinds in KINDS
+    }
+    found["full, drawn by the runner"] = {
+        n: round(microseconds_per_step("full", n, 20, IdleDevice), 1) for n in (1, 64, 256)
+    }
     for kinds, by_size in found.items():
         sizes = ", ".join(f"{n} sequences {cost:.0f}" for n, cost in by_size.items())
         print(f"layers {kinds}: microseconds a step: {sizes}")

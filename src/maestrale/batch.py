@@ -6,7 +6,7 @@ sees (`visible`). They are written with plain operators, so numpy and torch arra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -69,7 +69,9 @@ class Batch:
     logit_rows: int64 [N], the rows of T whose logits are wanted.
     experts: whether it is also wanted which experts those rows went through.
     adapters: int64 [B], the number of each sequence's adapter, -1 for none; None where no sequence has one.
-    draws: given to a runner that draws tokens itself (`Drawing`); None where all rows of logits are wanted.
+    draws: given to a runner that draws tokens itself; None where all rows of logits are wanted.
+    follows: int64 [n, 2]: (place, row): the token at `place` of T is the one that the batch before draws of its row
+    `row`, and `token_ids` has 0 for it; None where all tokens are known.
     """
 
     token_ids: NDArray[np.int64]
@@ -81,6 +83,7 @@ class Batch:
     experts: bool = False
     adapters: NDArray[np.int64] | None = None
     draws: Draws | None = None
+    follows: NDArray[np.int64] | None = None
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -127,7 +130,7 @@ def read_alone(
 
 
 class Rows(Protocol):
-    """Rows of logits, float32 [N, vocab]: an array, or what fetches those that are asked for before the next step."""
+    """Rows of logits, float32 [N, vocab]: an array, or what fetches those that are asked for."""
 
     def __getitem__(self, rows: Any, /) -> NDArray[np.float32]: ...
 
@@ -156,13 +159,6 @@ class Runner(Protocol):
 
 
 @runtime_checkable
-class Drawing(Runner, Protocol):
-    """A runner that may draw tokens where its logits are, so that they need not travel. draws: whether it does."""
-
-    draws: bool
-
-
-@runtime_checkable
 class Embedding(Runner, Protocol):
     """A runner that also gives texts as vectors, beside its cache."""
 
@@ -173,12 +169,20 @@ class Embedding(Runner, Protocol):
 
 
 @runtime_checkable
-class Pipelined(Runner, Protocol):
-    """A runner of several stages that work at the same time: up to `depth` steps may be under way. Outputs come in the
-    order of the batches; pages may be used again in a later batch, whatever is under way."""
+class Asynchronous(Runner, Protocol):
+    """A runner that may have up to `depth` steps under way; each sees what those before it have written, so pages may
+    be used again in a later batch, whatever is under way.
 
-    depth: int
+    draws: whether it draws tokens where its logits are, so that these need not travel. Then a batch may go on from
+    tokens that nobody has read yet (`Batch.follows`); else steps under way share no sequence but for a prompt's chunks.
+    """
 
-    def send(self, batch: Batch) -> None: ...
+    @property
+    def depth(self) -> int: ...
 
-    def receive(self) -> StepOutput: ...
+    @property
+    def draws(self) -> bool: ...
+
+    def begin(self, batch: Batch) -> Callable[[], StepOutput]:
+        """Sets a step going; what it gives waits for the output, and is called once, in the order of the batches."""
+        ...

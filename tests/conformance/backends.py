@@ -15,6 +15,7 @@ from maestrale.text.tokenizer import Tokenizer
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(kernels.missing() is not None, reason=str(kernels.missing())))
 BACKENDS = ["torch", NATIVE]
+AHEAD = "torch, drawing"  # as on a GPU: it draws tokens, and the next step is begun before they are read
 
 
 def open_engine(
@@ -40,10 +41,11 @@ def open_engine(
         pools = tuple(pages or max_sequences * ring for ring in rings)
         layout = CacheLayout(page_size, max_len, max_chunk, windows, rings, pools)
         runner: Runner
-        if backend == "torch":
+        if backend in ("torch", AHEAD):
             from maestrale.torch_backend.runner import open_runner as open_torch
 
             runner = open_torch(checkpoint, layout, dtype, "cpu", lambda done, total: None)
+            runner.draws = backend == AHEAD
             for pool in runner.cache.pools:
                 pool.fill_(math.nan)
         else:

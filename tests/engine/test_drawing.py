@@ -1,5 +1,7 @@
 """A runner that draws tokens itself: the same texts as without it, and rows travel only where they are needed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,19 +24,34 @@ class Fetched:
 
 
 class DrawingRunner(FakeRunner):
-    """It keeps the rows of the last step only, as a device's buffer does."""
+    """As a device does: steps are computed in order, and a step may go on from tokens of the one before it that
+    nobody has read. log: when a step was set going, and when it was read."""
 
-    draws = True
+    draws, depth = True, 2
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.fetched, self.drawn = [], 0
+        self.fetched, self.drawn, self.log, self.tokens = [], 0, [], None
+
+    def begin(self, batch):
+        self.log.append("begin")
+        if batch.follows is not None:
+            places, rows = batch.follows.T
+            assert not batch.token_ids[places].any()
+            batch = replace(batch, token_ids=batch.token_ids.copy())
+            batch.token_ids[places] = self.tokens[rows].clip(0)
+        rows = super().step(batch).logits
+        self.tokens = tokens = draw(torch.from_numpy(rows), batch.draws).numpy()
+        self.drawn += int((tokens >= 0).sum())
+
+        def read():
+            self.log.append("read")
+            return StepOutput(Fetched(rows, self.fetched), tokens=tokens)
+
+        return read
 
     def step(self, batch):
-        rows = super().step(batch).logits
-        tokens = draw(torch.from_numpy(rows), batch.draws)
-        self.drawn += int((tokens >= 0).sum())
-        return StepOutput(Fetched(rows, self.fetched), tokens=tokens)
+        raise AssertionError("it is set going")
 
 
 def answers(runner, asked, rule, tokenizer=None, **more):

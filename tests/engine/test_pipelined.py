@@ -15,20 +15,24 @@ from maestrale.sampling.params import SamplingParams
 class Stages(FakeRunner):
     """The fake runner as a pipeline: what is sent is computed in order, and only later asked for."""
 
+    draws = False
+
     def __init__(self, layout, depth):
         super().__init__(layout)
         self.depth, self.under_way, self.most = depth, deque(), 0
 
-    def send(self, batch):
+    def begin(self, batch):
         self.under_way.append(super().step(batch))
         self.most = max(self.most, len(self.under_way))
         assert len(self.under_way) <= self.depth
+        return self.receive
 
     def receive(self):
         return self.under_way.popleft()
 
     def step(self, batch):
-        raise AssertionError("a pipeline is sent to")
+        assert self.depth == 1, "a pipeline is sent to"
+        return super().step(batch)
 
 
 def drive(depth, prompts, counts, aborted=(), **layout):

@@ -56,13 +56,14 @@ def test_greedy_text_is_that_of_transformers(name, device):
     assert got == [hf_greedy(reference, prompt, 3) for prompt in prompts]
 
 
+@pytest.mark.parametrize("logprobs", [None, 1], ids=["steps are begun ahead", "each step waits for a row"])
 @pytest.mark.parametrize("name", ["mixed windows", "mixture"])
-def test_tokens_drawn_beside_the_kernels_are_those_that_the_engine_would_draw(name, device):
+def test_tokens_drawn_beside_the_kernels_are_those_that_the_engine_would_draw(name, logprobs, device):
     config = MODELS[name]
     asked = [
-        SamplingParams(max_tokens=3, temperature=0),
+        SamplingParams(max_tokens=4, temperature=0),
         SamplingParams(max_tokens=3, temperature=1, seed=5, top_p=0.9),
-        SamplingParams(max_tokens=3, temperature=0.8, seed=6, logprobs=1),
+        SamplingParams(max_tokens=3, temperature=0.8, seed=6, logprobs=logprobs),
     ]
     found = []
     for draws in (False, True):

@@ -24,7 +24,7 @@ def test_after_a_step_that_broke_off_the_ranks_are_given_up(error):
     link = SimpleNamespace(mesh=Mesh(2, 1), size=1, host="here", timeout=3600.0, close=lambda: None)
     runner = ParallelRunner(SimpleNamespace(run=run, link=link), CacheLayout(4, 8, 8, (None,), (2,), (2,)))
     with pytest.raises(error):
-        runner.send(BATCH)
+        runner.begin(BATCH)
     with pytest.raises(DistributedError, match="rank 0 on here: a step was broken off"):
-        runner.send(BATCH)
+        runner.begin(BATCH)
     runner.close()

@@ -11,7 +11,7 @@ from maestrale.errors import RequestError
 from maestrale.sampling.params import SamplingParams
 from maestrale.sampling.policy import sample, uniform
 from maestrale.torch_backend import draw as module
-from maestrale.torch_backend.draw import answer, draw
+from maestrale.torch_backend.draw import Drawer, draw
 
 KEPT = [
     {},
@@ -78,7 +78,7 @@ def test_the_token_is_the_policys(kind, together, monkeypatch):
     asked[5:5] = [None]
     for seed in range(4):
         x = rows_of_logits(kind, len(asked), 777, seed)
-        got = draw(torch.from_numpy(x), draws_of(asked, seed, index=seed * 3))
+        got = draw(torch.from_numpy(x), draws_of(asked, seed, index=seed * 3)).numpy()
         assert got.dtype == np.int64
         assert got.tolist() == expected(x, asked, seed, index=seed * 3)
 
@@ -90,7 +90,7 @@ def test_over_many_draws_each_token_comes_as_often_as_its_probability_says():
     rows = np.column_stack(
         [np.ones(count), (np.arange(count) + 0.5) / count, np.zeros(count), np.full(count, 0.9), np.zeros(count)]
     )
-    found = np.bincount(draw(x, Draws(rows, np.empty((0, 3)))), minlength=5) / count
+    found = np.bincount(draw(x, Draws(rows, np.empty((0, 3)))).numpy(), minlength=5) / count
     # In falling order the fourth has 0.85 before it and stays; the fifth has 0.95 and goes.
     np.testing.assert_allclose(found, np.array([0.5, 0.2, 0.15, 0.1, 0]) / 0.95, atol=1e-4)
 
@@ -107,10 +107,20 @@ def test_rows_that_nothing_can_be_drawn_of_are_left_to_the_policy_to_refuse(temp
 
 def test_rows_come_to_the_host_as_they_are_asked_for():
     x = torch.randn(4, 9)
-    output = answer(x, draws_of([None, SamplingParams(temperature=0), None, None], 0, 0))
+    output = Drawer().answer(x, draws_of([None, SamplingParams(temperature=0), None, None], 0, 0))()
     assert output.tokens.tolist() == [-1, int(x[1].argmax()), -1, -1]
     np.testing.assert_array_equal(output.logits[2], x[2].numpy())
     np.testing.assert_array_equal(output.logits[1:3], x[1:3].numpy())
-    whole = answer(x, None)
+    whole = Drawer().answer(x, None)()
     assert whole.tokens is None
     np.testing.assert_array_equal(whole.logits, x.numpy())
+
+
+def test_a_step_goes_on_from_the_tokens_of_the_one_before_it():
+    drawer, x = Drawer(), torch.randn(3, 9)
+    x[1] = math.nan
+    drawer.answer(x, draws_of([SamplingParams(temperature=0)] * 3, 0, 0))
+    ids = torch.tensor([7, 0, 5, 0, 0])
+    assert drawer.follow(ids, None).tolist() == [7, 0, 5, 0, 0]
+    found = drawer.follow(ids, np.array([[1, 2], [3, 0], [4, 1]]))
+    assert found.tolist() == [7, int(x[2].argmax()), 5, int(x[0].argmax()), 0]

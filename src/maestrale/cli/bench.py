@@ -89,19 +89,18 @@ def read_sizes(text: str) -> list[int]:
 
 
 class Stopwatch:
-    """Adds up the seconds spent in an object's methods of these names."""
+    """Adds up the seconds spent in an object's method of this name, and in what it gives to be called later."""
 
-    def __init__(self, thing: object, *names: str):
+    def __init__(self, thing: object, name: str):
         self.seconds = 0.0
-        for name in names:
-            setattr(thing, name, self._timed(getattr(thing, name)))
+        setattr(thing, name, self._timed(getattr(thing, name)))
 
     def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any) -> Any:
             start = time.perf_counter()
             result = method(*arguments)
             self.seconds += time.perf_counter() - start
-            return result
+            return self._timed(result) if callable(result) else result
 
         return timed
 
@@ -129,7 +128,7 @@ class Stand:
         progress: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
     ):
-        from maestrale.batch import Pipelined
+        from maestrale.batch import Asynchronous
         from maestrale.choices import Options
         from maestrale.launch import launch
 
@@ -141,9 +140,9 @@ class Stand:
         self.launched: Launched = launch(path, sized, progress=progress)
         self.config, self.engine = self.launched.config, self.launched.engine
         runner = self.engine.runner
-        self.depth = runner.depth if isinstance(runner, Pipelined) else 1
+        self.depth = runner.depth if isinstance(runner, Asynchronous) else 1
         self.usage: Callable[[], Sequence[Any]] = getattr(runner, "usage", list)  # of several ranks
-        self.watch = Stopwatch(runner, *(("send", "receive") if isinstance(runner, Pipelined) else ("step",)))
+        self.watch = Stopwatch(runner, "begin" if self.depth > 1 else "step")
 
     def prefill(self) -> float:
         """Seconds from a prompt of `prompt_tokens` to the token after it."""

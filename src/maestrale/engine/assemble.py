@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from maestrale.batch import Batch, Draws
+from maestrale.engine.request import Sequence
 from maestrale.engine.scheduler import Schedule
 
 
-def assemble(schedule: Schedule, wanted: list[range], n_kinds: int, draws: Draws | None = None) -> Batch:
-    """wanted: for each sequence of the schedule, the positions (of those computed now) whose logits are wanted."""
+def assemble(
+    schedule: Schedule,
+    wanted: list[range],
+    n_kinds: int,
+    draws: Draws | None = None,
+    rows_before: Mapping[Sequence, int] | None = None,
+) -> Batch:
+    """wanted: for each sequence of the schedule, the positions (of those computed now) whose logits are wanted.
+    rows_before: the row that the step before draws a sequence's next token of, where that is under way."""
     token_ids: list[int] = []
     positions: list[int] = []
     logit_rows: list[int] = []
+    follows: list[tuple[int, int]] = []
     starts = [0]
     for (sequence, count), rows in zip(schedule.work, wanted, strict=True):
         begin, shift = sequence.computed, starts[-1] - sequence.computed
         known = sequence.tokens[begin : begin + count]
+        if sequence.unread and len(known) < count and rows_before is not None:
+            known.append(0)
+            follows.append((starts[-1] + count - 1, rows_before[sequence]))
         token_ids += known + sequence.draft[: count - len(known)]
         positions += range(begin, begin + count)
         logit_rows += range(rows.start + shift, rows.stop + shift)
@@ -36,4 +50,5 @@ def assemble(schedule: Schedule, wanted: list[range], n_kinds: int, draws: Draws
         experts=any(sequence.request.params.experts for sequence, _ in schedule.work),
         adapters=np.array(adapters, np.int64) if max(adapters) >= 0 else None,
         draws=draws,
+        follows=np.array(follows, np.int64) if follows else None,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from maestrale.engine.request import Request, Sequence
-from maestrale.engine.scheduler import Schedule
 from maestrale.errors import MaestraleError, MemoryLimitError
 
 
@@ -13,10 +14,10 @@ class Suspects:
     def __init__(self) -> None:
         self._marks: dict[Request, list[tuple[Sequence, int]]] = {}
 
-    def accuse(self, schedule: Schedule) -> None:
-        """To be called before the step is undone."""
-        for sequence, _ in schedule.work:
-            self._marks.setdefault(sequence.request, []).append((sequence, sequence.computed))
+    def accuse(self, ends: Iterable[tuple[Sequence, int]]) -> None:
+        """ends: each sequence of the step, with how many of its tokens would have been computed after it."""
+        for sequence, end in ends:
+            self._marks.setdefault(sequence.request, []).append((sequence, end))
 
     def next(self) -> Request | None:
         """The one to be computed alone; None once each has ended or has come past the place where the step failed."""

@@ -31,7 +31,7 @@ def draws_for(schedule: Schedule, wanted: list[range], eos_ids: Iterable[int]) -
             continue
         request, params = sequence.request, sequence.request.params
         for i, row in enumerate(range(end - 1 - drafted, end)):
-            index = sequence.generated + i
+            index = sequence.length - len(request.prompt) + i
             rows[row] = params.temperature, 0, params.top_k, params.top_p, params.min_p
             if params.temperature:
                 drawn.append((row, request.seed, sequence.index, index))

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import NoReturn
 
-from maestrale.batch import Batch, Drawing, Pipelined, Rows, Runner
+import numpy as np
+
+from maestrale.batch import Asynchronous, Rows, Runner, StepOutput
 from maestrale.engine.assemble import assemble
 from maestrale.engine.checks import check_prompt, check_width
 from maestrale.engine.confine import Suspects, as_ours
@@ -28,20 +34,29 @@ from maestrale.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Part:
     """What one sequence has of a step. wanted: positions whose logits are. drafted: how many of its tokens were
-    guessed. last: whether its known tokens end here, so that the next one comes of it."""
+    guessed. end: how many of its tokens are computed after it, those not counted. last: whether the next one comes of
+    it."""
 
     wanted: range
     drafted: int
+    end: int
     last: bool
 
 
 @dataclass(frozen=True)
 class Step:
-    """A batch that is under way."""
+    """A batch that is under way. output: waits for what it brings. drawn: whether all that is wanted of it is tokens
+    that the runner draws, so that its sequences may go on before anybody has read them."""
 
     schedule: Schedule
-    batch: Batch
     parts: dict[Sequence, Part]
+    output: Callable[[], StepOutput]
+    drawn: bool
+
+    def last_rows(self) -> dict[Sequence, int]:
+        """For each sequence the last of its rows in the step's output."""
+        ends = accumulate(len(part.wanted) for part in self.parts.values())
+        return dict(zip(self.parts, (end - 1 for end in ends), strict=True))
 
 
 class Engine:
@@ -67,9 +82,9 @@ class Engine:
         self.pages = Pages(runner.layout)
         self.prefixes = PrefixCache(self.pages, prefix_cache)
         self.scheduler = Scheduler(self.pages, self.prefixes, runner.layout.max_chunk, max_sequences)
-        self._pipeline = runner if isinstance(runner, Pipelined) else None
-        self._depth = 1 if self._pipeline is None else self._pipeline.depth
-        self._draws = isinstance(runner, Drawing) and runner.draws
+        self._asynchronous = runner if isinstance(runner, Asynchronous) and runner.depth > 1 else None
+        self._depth = 1 if self._asynchronous is None else self._asynchronous.depth
+        self._draws = self._asynchronous is not None and self._asynchronous.draws
         self.speculation = Speculation(runner.layout.max_chunk, speculate and self._depth == 1)
         self.growth = Growth(self.scheduler, self.speculation, vocab_size, tokenizer)
         self.suspects = Suspects()
@@ -126,18 +141,26 @@ class Engine:
         """One batch. Gives, for each sequence that went on, what was added to it, as a Completion.
 
         A request that failed has its `error` set and no pages any more; the others are not touched. When a step
-        fails, the next ones compute its requests one by one, and only who fails alone is at fault. A runner of several
-        stages is given batches of other sequences until all its stages have one.
+        fails, the next ones compute its requests one by one, and only who fails alone is at fault.
+
+        An asynchronous runner is given further batches first: one of several stages those of other sequences, until
+        all its stages have one; one that draws tokens the next batch of the same ones, so that it is ready when the
+        step that is read here has ended. Who has ended by then has computed a token too many, which nobody sees.
         """
         while len(self._under_way) < self._depth and self._begin():
             pass
         return self._end(self._under_way.popleft()) if self._under_way else []
 
     def _begin(self) -> bool:
-        """Puts a step under way, where there is anything to compute."""
-        if (suspect := self.suspects.next()) is None:
+        """Puts a step under way, where there is anything to compute and it need not wait for those under way."""
+        before = self._under_way[-1] if self._under_way else None
+        suspect = self.suspects.next()
+        if before is not None and (suspect is not None or (self._draws and not before.drawn)):
+            return False
+        if suspect is None:
             self.speculation.draft(self.scheduler.running)
-            schedule = self.scheduler.schedule(self._depth, {s.request for step in self._under_way for s in step.parts})
+            under_way = {sequence.request for step in self._under_way for sequence in step.parts}
+            schedule = self.scheduler.schedule(1 if self._draws else self._depth, under_way)
         else:
             schedule = self.scheduler.schedule_alone(suspect)
         if not schedule.work:
@@ -146,41 +169,52 @@ class Engine:
         self._in_step = [pool.held for pool in self.pages.pools]
         wanted = [self._wanted_rows(sequence, count) for sequence, count in schedule.work]
         draws = draws_for(schedule, wanted, self.growth.eos_ids) if self._draws else None
-        batch = assemble(schedule, wanted, len(self.pages.pools), draws)
+        batch = assemble(schedule, wanted, len(self.pages.pools), draws, None if before is None else before.last_rows())
+        drawn = draws is not None and not np.isnan(draws.rows[:, 0]).any()
         parts = {}
         for (sequence, count), positions in zip(schedule.work, wanted, strict=True):
             drafted = max(count - sequence.pending, 0)
             sequence.computed += count - drafted
-            parts[sequence] = Part(positions, drafted, last=not sequence.pending)
-        self._under_way.append(Step(schedule, batch, parts))
-        if self._pipeline is not None:
-            self._pipeline.send(batch)
+            parts[sequence] = Part(positions, drafted, sequence.computed, last=not sequence.pending)
+            sequence.unread += drawn and parts[sequence].last
+        output: Callable[[], StepOutput]
+        try:
+            output = self._asynchronous.begin(batch) if self._asynchronous else partial(self.runner.step, batch)
+        except DistributedError:
+            raise
+        except Exception as error:  # it is told when the step's turn comes
+            output, drawn = partial(_raise, error), False
+        except BaseException:  # as in _end
+            self.scheduler.undo([schedule, *self._abandon()])
+            raise
+        self._under_way.append(Step(schedule, parts, output, drawn))
         return True
 
     def _end(self, step: Step) -> list[tuple[Request, Completion]]:
         """What the oldest step under way brought."""
         try:
-            output = self._pipeline.receive() if self._pipeline is not None else self.runner.step(step.batch)
+            output = step.output()
         except DistributedError:
             raise  # no request's fault, and there is nothing left to run on
         except Exception as error:  # of any kind: a backend's errors are its own, and one request must not end all
-            self._confine(step.schedule, error)
+            self._confine(step, error)
             return []
         except BaseException:  # Ctrl-C: whoever is asked to go on after it must find whole pages
-            self.scheduler.undo(step.schedule)
+            self.scheduler.undo([step.schedule, *self._abandon()])
             raise
         news: list[tuple[Request, Completion]] = []
         ready: dict[Request, list[tuple[Sequence, list[Row]]]] = {}
         row = 0
         for sequence, part in step.parts.items():
             begin, row = row, row + len(part.wanted)
-            if sequence.request.finished:  # while it was under way
+            if sequence not in sequence.request.sequences:  # it has ended while this was under way
                 continue
+            sequence.unread -= step.drawn and part.last
             try:
                 self._read_prompt_rows(sequence, part.wanted, output.logits, begin)
             except Exception as error:  # its own rows are bad: no concern of the others
                 self._fail(sequence.request, error)
-            self.prefixes.publish(sequence)
+            self.prefixes.publish(sequence, part.end)
             if part.last and not sequence.request.finished:
                 own = [Row(output, i) for i in range(row - 1 - part.drafted, row)]
                 ready.setdefault(sequence.request, []).append((sequence, own))
@@ -217,14 +251,20 @@ class Engine:
             failed_steps=self.failed_steps,
         )
 
-    def _confine(self, schedule: Schedule, error: Exception) -> None:
+    def _confine(self, step: Step, error: Exception) -> None:
         self.failed_steps += 1
-        requests = {sequence.request for sequence, _ in schedule.work}
+        requests = {sequence.request for sequence in step.parts}
         if len(requests) == 1:
             self._fail(requests.pop(), error)
         else:
-            self.suspects.accuse(schedule)
-            self.scheduler.undo(schedule)
+            self.suspects.accuse((sequence, part.end) for sequence, part in step.parts.items())
+        self.scheduler.undo([step.schedule, *self._abandon()])
+
+    def _abandon(self) -> list[Schedule]:
+        """Gives up the steps under way: those behind one that broke off go on from what it did not do."""
+        schedules = [step.schedule for step in self._under_way]
+        self._under_way.clear()
+        return schedules
 
     def _fail(self, request: Request, error: Exception) -> None:
         if request.finished:  # it has failed by another of its sequences
@@ -263,3 +303,7 @@ class Engine:
                 logprob, top = token_logprob(logits[i], token, count)
                 request.prompt_logprobs.append(logprob)
                 request.prompt_top_logprobs.append(top)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error

@@ -44,15 +44,11 @@ class PrefixCache:
         sequence.computed += gain
         return gain
 
-    def publish(self, sequence: Sequence) -> None:
-        """Lets others find what a sequence has computed."""
+    def publish(self, sequence: Sequence, computed: int) -> None:
+        """Lets others find the first `computed` tokens of a sequence."""
         table = sequence.table
-        if (
-            self.enabled
-            and table is not None
-            and sequence.computed >= (table.published + 1) * self.pages.layout.page_size
-        ):
-            self.pages.publish(table, self._keys(sequence, sequence.computed))
+        if self.enabled and table is not None and computed >= (table.published + 1) * self.pages.layout.page_size:
+            self.pages.publish(table, self._keys(sequence, computed))
 
     def _keys(self, sequence: Sequence, length: int) -> list[bytes]:
         """The keys of the whole pages of a sequence's first `length` tokens; it remembers them."""

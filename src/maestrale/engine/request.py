@@ -90,6 +90,7 @@ class Sequence:
 
     tokens: all known ids. computed: how many of them stand in the cache. A sequence has nothing else to do than to
     let `computed` catch up with the known ones; when it has, the last row of logits gives the next token.
+    unread: how many further ones steps under way draw on the device (`Batch.follows`).
     keys: what its pages, so far as they were asked for, are found by (prefix.py). draft: tokens that may come next
     (speculation.py), which only the next step knows of.
     """
@@ -97,7 +98,7 @@ class Sequence:
     def __init__(self, request: Request, index: int, tokens: Items[int]):
         self.request, self.index = request, index
         self.tokens = list(tokens)
-        self.computed = 0
+        self.computed = self.unread = 0
         self.keys: list[bytes] = []
         self.draft: list[int] = []
         self.lookup: LookUp | None = None
@@ -109,8 +110,13 @@ class Sequence:
         self.matcher: Matcher | None = None
 
     @property
+    def length(self) -> int:
+        """Tokens that it will have when the steps under way are over, if it goes on."""
+        return len(self.tokens) + self.unread
+
+    @property
     def pending(self) -> int:
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
 
     @property
     def generated(self) -> int:
@@ -118,13 +124,13 @@ class Sequence:
 
     @property
     def first_wanted(self) -> int:
-        """The first position whose row of logits is still wanted; the last known token's gives the next one."""
+        """The first position whose row of logits is still wanted; the last token's gives the next one."""
         request = self.request
         if request.logits is not None:
             return len(request.logits)
         if request.params.prompt_logprobs is not None and not request.forked:
             return len(request.prompt_logprobs) - 1
-        return len(self.tokens) - 1
+        return self.length - 1
 
 
 class Request:
@@ -189,6 +195,8 @@ class Request:
         held_back = 1 if together and (sum(pending) > budget or max(pending) > self.chunk) else 0
         taken = []
         for sequence in self.sequences:
+            if sequence.unread and sequence.length >= self.length_limit:
+                continue  # it ends with the token that is being drawn
             count = min(sequence.pending + len(sequence.draft) - held_back, budget, self.chunk)
             if count > 0:
                 taken.append((sequence, count))

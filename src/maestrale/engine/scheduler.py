@@ -10,7 +10,7 @@ them again while nobody has taken them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
 from maestrale.engine.pages import Copy, Pages
@@ -88,10 +88,12 @@ class Scheduler:
                 return step
             self._preempt(others[-1])
 
-    def undo(self, schedule: Schedule) -> None:
+    def undo(self, schedules: Iterable[Schedule]) -> None:
         """A step that broke off may have left pages uncopied or half written: all that took part compute again."""
-        for request in reversed(list(dict.fromkeys(sequence.request for sequence, _ in schedule.work))):
-            self._preempt(request)
+        work = [part for schedule in schedules for part in schedule.work]
+        for request in reversed(list(dict.fromkeys(sequence.request for sequence, _ in work))):
+            if request in self.running:
+                self._preempt(request)
 
     def _admit(self, step: Schedule, budget: int, share: int) -> None:
         places = self.max_sequences - sum(request.width for request in self.running)
@@ -152,4 +154,4 @@ class Scheduler:
         for sequence in request.sequences:
             if sequence.table is not None:
                 self.pages.release(sequence.table)
-            sequence.table, sequence.computed, sequence.draft = None, 0, []
+            sequence.table, sequence.computed, sequence.unread, sequence.draft = None, 0, 0, []

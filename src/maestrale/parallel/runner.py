@@ -1,7 +1,7 @@
 """A model over many ranks, as the engine sees it: rank 0 has the runner, the others do what it sends them.
 
 A batch goes to every rank as one flat array. Each stage computes its layers and sends hidden rows on; the last one
-sends logits back. `send` and `receive` are apart, so that as many batches as stages may be under way at once.
+sends logits back. As many batches as stages may be under way at once.
 """
 
 from __future__ import annotations
@@ -111,11 +111,11 @@ class Worker:
 
 
 class ParallelRunner:
-    """Rank 0's runner. `depth`: how many batches may be sent before the first is received."""
+    """Rank 0's runner."""
 
     def __init__(self, worker: Worker, layout: CacheLayout):
         self._worker, self._layout, self._link = worker, layout, worker.link
-        self.depth = self._link.mesh.pipeline
+        self.depth, self.draws = self._link.mesh.pipeline, False
         self._under_way: deque[Pending | StepOutput] = deque()
         self._broken, self._left = False, threading.Event()
         threading.Thread(target=self._say_alive, name="alive", daemon=True).start()
@@ -125,16 +125,16 @@ class ParallelRunner:
         return self._layout
 
     def step(self, batch: Batch) -> StepOutput:
-        self.send(batch)
-        return self.receive()
+        return self.begin(batch)()
 
-    def send(self, batch: Batch) -> None:
+    def begin(self, batch: Batch) -> Callable[[], StepOutput]:
         """Sets all stages to work on `batch`; returns when the first, which is this rank's, has done its part."""
         with self._unbroken():
             self._tell(pack_batch(batch, self._layout))
             self._under_way.append(self._worker.run(batch))
+        return self._receive
 
-    def receive(self) -> StepOutput:
+    def _receive(self) -> StepOutput:
         """The answer to the oldest batch under way."""
         with self._unbroken():
             return self._whole(self._under_way.popleft())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -16,6 +17,7 @@ from maestrale.batch import Batch
 from maestrale.checkpoint.adapter import Adapter, Delta
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.moe import MixtureOfExperts, route
+from maestrale.torch_backend.staging import put
 
 
 class Rows:
@@ -75,10 +77,9 @@ class Adapters:
     def begin(self, batch: Batch, device: torch.device) -> None:
         self._adapter_T = self._adapter_N = None
         if batch.adapters is not None:
-            adapter_B = torch.from_numpy(batch.adapters)
-            counts_B = torch.from_numpy(batch.starts).diff()
-            self._adapter_T = adapter_B.repeat_interleave(counts_B).to(device)
-            self._adapter_N = self._adapter_T[torch.from_numpy(batch.logit_rows).to(device)]
+            adapter_T = batch.adapters.repeat(np.diff(batch.starts))
+            self._adapter_T = put(adapter_T, device)
+            self._adapter_N = put(adapter_T[batch.logit_rows], device)
         self._wanted.set(self._adapter_N)
         self._all.set(self._adapter_T)  # last: the two may be the same
 

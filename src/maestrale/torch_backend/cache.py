@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from maestrale.batch import Batch, CacheLayout, slots, visible
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.ops.groups import FP8, Group, bits
+from maestrale.torch_backend.staging import put
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Group]], torch.Tensor]
 
@@ -59,14 +60,14 @@ class PagedCache:
         for kind, (window, ring) in enumerate(zip(self.layout.windows, self.layout.rings, strict=True)):
             self.copy_pages(kind, batch.copies[kind])
             where = slots(batch.tables[kind], sequences, batch.positions, self.layout.page_size, ring)
-            written.append(torch.from_numpy(where).to(self.device))
+            written.append(put(where, self.device))
             groups.append(self._groups(batch, kind, window))
         return StepView(self, written, groups)
 
     def copy_pages(self, kind: int, copies: NDArray[np.int64]) -> None:
         """copies: a Batch's, of this kind of layer."""
         if len(copies):
-            source, target = (torch.from_numpy(copies[:, i].copy()).to(self.device) for i in (0, 1))
+            source, target = put(copies.T, self.device)
             paged = bits(self.pools[kind]).unflatten(2, (-1, self.layout.page_size))
             # All sources are read before any target is written: a page freed in this step may be a target in it too.
             paged.index_copy_(2, target, paged.index_select(2, source))
@@ -95,9 +96,9 @@ class PagedCache:
         stored = np.minimum(key, query[:, -1:])
         table, ring = batch.tables[kind][members], self.layout.rings[kind]
         where = slots(table, np.arange(len(members))[:, None], stored, self.layout.page_size, ring)
-        mask = torch.from_numpy(visible(query[:, :, None], key[:, None, :], window)).to(self.device)
+        mask = put(visible(query[:, :, None], key[:, None, :], window), self.device)
         bias = torch.zeros(mask.shape, dtype=self.dtype, device=self.device).masked_fill_(~mask, -torch.inf)
-        return Group(torch.from_numpy(rows).to(self.device), torch.from_numpy(where).to(self.device), bias)
+        return Group(put(rows, self.device), put(where, self.device), bias)
 
 
 class StepView:

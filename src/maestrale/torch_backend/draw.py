@@ -7,6 +7,8 @@ number drawn, one draw in about 10^12, it may take the neighbour.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from maestrale.batch import Draws, StepOutput
+from maestrale.torch_backend.staging import put
 
 _BLOCK = 1 << 23  # logits that are drawn from together: some temporaries of 64 MiB
 
@@ -28,39 +31,58 @@ class DeviceRows:
         return to_host(self._logits_NV[rows])
 
 
-def answer(logits_NV: torch.Tensor, draws: Draws | None, experts: NDArray[np.int16] | None = None) -> StepOutput:
-    """A step's output: all rows of logits, or the tokens drawn of them."""
-    if draws is None:
-        return StepOutput(to_host(logits_NV), experts)
-    return StepOutput(DeviceRows(logits_NV), experts, draw(logits_NV, draws))
+class Drawer:
+    """Answers steps, and keeps the tokens of the last one where they were drawn, for the next step to go on from."""
+
+    def __init__(self) -> None:
+        self._tokens_N = torch.empty(0, dtype=torch.int64)
+
+    def follow(self, ids_T: torch.Tensor, follows: NDArray[np.int64] | None) -> torch.Tensor:
+        """Token ids, into which it writes those that follow the last step (Batch.follows). Where nothing could be drawn
+        it is token 0: that request fails when the step is read."""
+        if follows is not None:
+            place, row = put(follows.T, ids_T.device)
+            ids_T.index_copy_(0, place, self._tokens_N[row].clamp(min=0).to(ids_T.dtype))
+        return ids_T
+
+    def answer(
+        self, logits_NV: torch.Tensor, draws: Draws | None, experts: NDArray[np.int16] | None = None
+    ) -> Callable[[], StepOutput]:
+        """What waits for a step's output: all rows of logits, or the tokens drawn of them."""
+        if draws is None:
+            return partial(StepOutput, to_host(logits_NV), experts)
+        self._tokens_N = draw(logits_NV, draws)
+        tokens = to_host_later(self._tokens_N)
+        return lambda: StepOutput(DeviceRows(logits_NV), experts, tokens())
 
 
-def draw(logits_NV: torch.Tensor, draws: Draws) -> NDArray[np.int64]:
-    """A token of each row, int64 [N]; -1 of those that are not to be drawn from, or cannot be: NaN, +inf, all -inf."""
-    temperature = draws.rows[:, 0]
-    tokens_N = np.full(len(temperature), -1)
+def draw(logits_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """A token of each row, int64 [N]; -1 of those that are not to be drawn from, or cannot be: NaN, +inf, all -inf.
+    The host does not wait for it."""
+    temperature, device = draws.rows[:, 0], logits_NV.device
+    tokens_N = torch.full((len(temperature),), -1, device=device)
     biased = np.isin(np.arange(len(temperature)), draws.biases[:, 0])
     if (plain := ~np.isnan(temperature) & (temperature == 0) & ~biased).any():
         peak_N, best_N = logits_NV.max(-1)  # of equal ones the first
-        tokens_N[plain] = torch.where(peak_N.isfinite(), best_N, -1).cpu().numpy()[plain]
+        tokens_N = torch.where(put(plain, device) & peak_N.isfinite(), best_N, -1)
     rest = np.flatnonzero(~np.isnan(temperature) & ~plain)
     together = max(1, _BLOCK // logits_NV.shape[1])
     for start in range(0, len(rest), together):
         rows = rest[start : start + together]
-        x_NV = logits_NV[torch.from_numpy(rows).to(logits_NV.device)].double()
+        rows_N = put(rows, device)
+        x_NV = logits_NV[rows_N].double()
         biases = draws.biases[np.isin(draws.biases[:, 0], rows)]
         if len(biases):
             at = np.stack([np.searchsorted(rows, biases[:, 0]), biases[:, 1].astype(np.int64)])
-            on_device = [torch.from_numpy(array).to(x_NV.device) for array in (*at, biases[:, 2].copy())]
-            x_NV.index_put_((on_device[0], on_device[1]), on_device[2], accumulate=True)
-        tokens_N[rows] = _choose(x_NV, draws.rows[rows]).cpu().numpy()
+            x_NV.index_put_(tuple(put(at, device)), put(biases[:, 2], device), accumulate=True)
+        tokens_N.index_copy_(0, rows_N, _choose(x_NV, draws.rows[rows]))
     return tokens_N
 
 
 def _choose(x_NV: torch.Tensor, rows: NDArray[np.float64]) -> torch.Tensor:
     """rows: as Draws has them. A nucleus is found after one sort, of exact ranks after another: of equal ones the lower
     id is first, as both are stable."""
-    temperature, number, top_k, top_p, min_p = torch.from_numpy(rows).to(x_NV.device).T.unsqueeze(-1)
+    temperature, number, top_k, top_p, min_p = put(rows.T, x_NV.device).unsqueeze(-1)
     peak_N1, best_N1 = x_NV.max(-1, keepdim=True)
     p_NV = ((x_NV - peak_N1) / torch.where(temperature > 0, temperature, 1)).exp()
     if rows[:, 2].any():
@@ -86,10 +108,21 @@ def _keep(p_NV: torch.Tensor, order_NV: torch.Tensor, kept_NV: torch.Tensor) -> 
     return p_NV * torch.empty_like(kept_NV).scatter_(1, order_NV, kept_NV)
 
 
-def to_host(x: torch.Tensor) -> NDArray[np.float32]:
+def to_host(x: torch.Tensor) -> NDArray[Any]:
+    return to_host_later(x)()
+
+
+def to_host_later(x: torch.Tensor) -> Callable[[], NDArray[Any]]:
+    """What waits until the values are on the host; they set out now."""
     if x.device.type == "cpu":
-        return x.numpy()
+        return x.numpy
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)  # torch keeps such memory and hands it out again
     host.copy_(x, non_blocking=True)
-    torch.cuda.current_stream(x.device).synchronize()
-    return host.numpy()
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(x.device))
+
+    def wait() -> NDArray[Any]:
+        arrived.synchronize()
+        return host.numpy()
+
+    return wait

@@ -19,11 +19,12 @@ from maestrale.errors import MemoryLimitError, UsageError, first_line
 from maestrale.memory import keep_freed_memory
 from maestrale.torch_backend.adapters import Adapters
 from maestrale.torch_backend.cache import Kernel, PagedCache
-from maestrale.torch_backend.draw import answer
+from maestrale.torch_backend.draw import Drawer
 from maestrale.torch_backend.embed import embed
 from maestrale.torch_backend.load import DTYPES, load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
+from maestrale.torch_backend.staging import put
 from maestrale.torch_backend.triton.choose import choose_kernels
 from maestrale.torch_backend.watch import Watch
 
@@ -43,7 +44,7 @@ class TorchRunner:
         weight = model.norm.weight
         self.adapters = Adapters(model, adapters) if adapters else None
         self.model, self._layout = model, layout
-        self.draws = weight.device.type != "cpu"
+        self.draws, self.drawer = weight.device.type != "cpu", Drawer()
         with memory_errors():
             self.cache = PagedCache(model.config, layout, weight.dtype, weight.device, kernel, fp8_cache)
 
@@ -51,11 +52,19 @@ class TorchRunner:
     def layout(self) -> CacheLayout:
         return self._layout
 
-    @torch.inference_mode()
+    @property
+    def depth(self) -> int:
+        return 2 if self.draws else 1  # one to compute, one to be made ready
+
     def step(self, batch: Batch) -> StepOutput:
-        logits_NV, experts = compute(self.model, self.cache, self.adapters, batch)
+        return self.begin(batch)()
+
+    @torch.inference_mode()
+    def begin(self, batch: Batch) -> Callable[[], StepOutput]:
+        tokens_T = self.drawer.follow(put(batch.token_ids.copy(), self.cache.device), batch.follows)
+        logits_NV, experts = compute(self.model, self.cache, self.adapters, batch, tokens_T)
         with memory_errors():
-            return answer(logits_NV, batch.draws, experts)
+            return self.drawer.answer(logits_NV, batch.draws, experts)
 
     def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
         with memory_errors():
@@ -67,21 +76,18 @@ def compute(
     cache: PagedCache,
     adapters: Adapters | None,
     batch: Batch,
-    hidden_TD: torch.Tensor | None = None,
+    x_T: torch.Tensor,
     last: bool = True,
 ) -> tuple[torch.Tensor, NDArray[np.int16] | None]:
     """(logits [N, V], or of layers that are not the `last` hidden rows [T, dim]; the experts [N, layers, K] of the
-    wanted rows, where they are asked for). hidden_TD: what the layers before `model`'s gave."""
-    tokens_T, positions_T, rows_N = (
-        torch.from_numpy(array).to(cache.device) for array in (batch.token_ids, batch.positions, batch.logit_rows)
-    )
-    x_TD = tokens_T if hidden_TD is None else hidden_TD
+    wanted rows, where they are asked for). x_T: token ids, or hidden rows [T, dim] of the layers before `model`'s."""
+    positions_T, rows_N = put(batch.positions, cache.device), put(batch.logit_rows, cache.device)
     if adapters is not None:
         adapters.begin(batch, cache.device)
     watch = Watch(model) if batch.experts and model.config.moe else None
     with memory_errors(), watch or nullcontext():
         attend = cache.begin(batch)
-        out = model(x_TD, positions_T, attend, rows_N) if last else model.hidden_states(x_TD, positions_T, attend)
+        out = model(x_T, positions_T, attend, rows_N) if last else model.hidden_states(x_T, positions_T, attend)
         return out, watch.experts(rows_N) if watch else None
 
 

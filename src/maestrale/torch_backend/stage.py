@@ -20,6 +20,7 @@ from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.ops import sdpa
 from maestrale.torch_backend.runner import compute
 from maestrale.torch_backend.shard import Sum, load_shard
+from maestrale.torch_backend.staging import put
 
 
 class TorchStage:
@@ -36,7 +37,8 @@ class TorchStage:
 
     @torch.inference_mode()
     def compute(self, batch: Batch, hidden_TD: torch.Tensor | None) -> tuple[torch.Tensor, NDArray[np.int16] | None]:
-        return compute(self.model, self.cache, self.adapters, batch, hidden_TD, self.shard.last)
+        x_T = put(batch.token_ids, self.device) if hidden_TD is None else hidden_TD
+        return compute(self.model, self.cache, self.adapters, batch, x_T, self.shard.last)
 
 
 def open_stage(

@@ -1,13 +1,24 @@
-"""From mapped files to a GPU through two pinned buffers: one is filled from the file while the other travels.
+"""From the host to a GPU: weights from mapped files through two pinned buffers, of which one is filled while the other
+travels; a step's arrays without waiting for what the GPU is doing.
 
-A copy straight from mapped memory makes the driver do this by itself, in small pieces and one after the other.
+A copy straight from mapped memory makes the driver do the first by itself, in small pieces and one after the other.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 _BUFFER = 64 << 20
+
+
+def put(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """The array on the device; on a GPU in the order of its stream, while the host goes on."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Staging:

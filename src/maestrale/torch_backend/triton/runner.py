@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.adapter import Adapter
-from maestrale.torch_backend.draw import answer
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.runner import TorchRunner, memory_errors
+from maestrale.torch_backend.staging import put
 from maestrale.torch_backend.triton.model import FusedTransformer, Step
 from maestrale.torch_backend.triton.steps import SIZES, DecodeStep, is_decode, make_step
 
@@ -41,24 +41,32 @@ class TritonRunner:
         return self._plain.draws
 
     @property
+    def depth(self) -> int:
+        return self._plain.depth
+
+    @property
     def layout(self) -> CacheLayout:
         return self._plain.layout
 
-    @torch.inference_mode()
     def step(self, batch: Batch) -> StepOutput:
+        return self.begin(batch)()
+
+    @torch.inference_mode()
+    def begin(self, batch: Batch) -> Callable[[], StepOutput]:
         if batch.experts or batch.adapters is not None:
-            return self._plain.step(batch)
+            return self._plain.begin(batch)
+        drawer, device = self._plain.drawer, self.cache.device
         with memory_errors(), self._here:
             for kind, copies in enumerate(batch.copies):
                 self.cache.copy_pages(kind, copies)
             if is_decode(batch):
                 logits_NV = self._decode(batch)
                 if len(batch.logit_rows) < len(logits_NV):  # they ascend, so as many are all in order
-                    logits_NV = logits_NV[torch.from_numpy(batch.logit_rows).to(logits_NV.device)]
+                    logits_NV = logits_NV[put(batch.logit_rows, device)]
             else:
                 config = self._fused.config
-                logits_NV = self._work(make_step(batch, config.n_heads, config.n_kv_heads, self.cache.device))
-            return answer(logits_NV, batch.draws)
+                logits_NV = self._work(make_step(batch, config.n_heads, config.n_kv_heads, device, drawer))
+            return drawer.answer(logits_NV, batch.draws)
 
     def embed(self, texts: Sequence[Sequence[int]], last: bool = False) -> Iterator[list[NDArray[np.float32]] | None]:
         return self._plain.embed(texts, last)
@@ -67,7 +75,13 @@ class TritonRunner:
         size = next(size for size in SIZES if size >= len(batch.token_ids))
         if size not in self._decodes:
             self._decodes[size] = DecodeStep(
-                size, self.layout, self._fused.config.n_kv_heads, self.cache.device, self._work, self._memory
+                size,
+                self.layout,
+                self._fused.config.n_kv_heads,
+                self.cache.device,
+                self._work,
+                self._plain.drawer,
+                self._memory,
             )
         return self._decodes[size].run(batch)
 

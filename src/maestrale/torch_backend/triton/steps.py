@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from maestrale.batch import Batch, CacheLayout
+from maestrale.torch_backend.draw import Drawer
+from maestrale.torch_backend.staging import put
 from maestrale.torch_backend.triton.model import Step
 from maestrale.torch_backend.triton.tiles import Tiles, deal, n_splits
 
@@ -21,20 +23,20 @@ def is_decode(batch: Batch) -> bool:
     return len(batch.token_ids) == len(batch.starts) - 1 <= SIZES[-1]
 
 
-def make_step(batch: Batch, n_heads: int, n_kv_heads: int, device: torch.device) -> Step:
+def make_step(batch: Batch, n_heads: int, n_kv_heads: int, device: torch.device, drawer: Drawer) -> Step:
     sequences = np.repeat(np.arange(len(batch.starts) - 1), np.diff(batch.starts))
     every = len(batch.logit_rows) == len(batch.token_ids)  # they ascend, so they are all rows in order
 
-    def put(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int32)).to(device)
+    def put_int32(array: np.ndarray) -> torch.Tensor:
+        return put(array.astype(np.int32), device)
 
     return Step(
-        put(batch.token_ids),
-        put(batch.positions),
-        put(sequences),
-        [put(table) for table in batch.tables],
+        drawer.follow(put_int32(batch.token_ids), batch.follows),
+        put_int32(batch.positions),
+        put_int32(sequences),
+        [put_int32(table) for table in batch.tables],
         deal(batch.starts, n_heads, n_kv_heads, device),
-        None if every else torch.from_numpy(batch.logit_rows).to(device),
+        None if every else put(batch.logit_rows, device),
     )
 
 
@@ -53,6 +55,7 @@ class DecodeStep:
         n_kv_heads: int,
         device: torch.device,
         work: Callable[[Step], torch.Tensor],
+        drawer: Drawer,
         memory: Any,
     ):
         widths = (1, 1, *layout.rings)  # of tokens, positions, tables; all of them travel in one copy
@@ -66,12 +69,12 @@ class DecodeStep:
         tiles = Tiles(decodes[:0], decodes, 1, n_splits(size, n_kv_heads))
         tables = [part.view(size, -1) for part in parts[2:]]
         self._step = Step(parts[0], parts[1], every, tables, tiles, None)
-        self._page_size, self._work, self._memory = layout.page_size, work, memory
+        self._page_size, self._work, self._drawer, self._memory = layout.page_size, work, drawer, memory
         self._sent = torch.cuda.Event() if pinned else None
         self._captured: tuple[torch.cuda.CUDAGraph, torch.Tensor] | None = None
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """logits [T, V] of the batch's rows, in a buffer that the next run overwrites."""
+        """logits [T, V] of the batch's rows."""
         count = len(batch.token_ids)
         if self._sent is not None:
             self._sent.synchronize()  # what was sent last has left the buffer; of an event never recorded: at once
@@ -82,6 +85,7 @@ class DecodeStep:
         for array, table in zip(tables, batch.tables, strict=True):
             array[:count, :pages] = table[:, :pages]
         self._device.copy_(self._host, non_blocking=True)
+        self._drawer.follow(self._step.tokens_T, batch.follows)
         if self._sent is None:
             return self._work(self._step)[:count]
         self._sent.record()
@@ -89,7 +93,7 @@ class DecodeStep:
             self._captured = self._capture()
         graph, logits = self._captured
         graph.replay()
-        return logits[:count]
+        return logits[:count].clone()  # the next replay writes over them, perhaps before they are read
 
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Runs once in the open, which compiles every kernel, then once more into a graph."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from maestrale.torch_backend.staging import put
+
 _PROGRAMS = 1056  # of decoding attention that fill a large GPU: 8 on each of 132 multiprocessors
 _MAX_SPLITS = 32
 
@@ -51,7 +53,7 @@ def deal(starts: NDArray[np.int64], n_heads: int, n_kv_heads: int, device: torch
         np.int64,
     ).reshape(-1, 3)
 
-    def put(tiles: NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(tiles.astype(np.int32)).to(device)
+    def put_int32(tiles: NDArray[np.int64]) -> torch.Tensor:
+        return put(tiles.astype(np.int32), device)
 
-    return Tiles(put(chunks), put(decodes), queries, n_splits(len(alone), n_kv_heads))
+    return Tiles(put_int32(chunks), put_int32(decodes), queries, n_splits(len(alone), n_kv_heads))
