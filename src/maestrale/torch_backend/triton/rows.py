@@ -48,14 +48,14 @@ def _turn_and_keep(
     qkv, k_pool, v_pool, cos, sin, positions, sequences, tables, ring,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Program: a row of q, k and v together. q is turned in place; k, turned, and v go to the cache (N4)."""
+    """Program (row, heads) of q, k and v together. q is turned in place; k, turned, and v go to the cache (N4)."""
     begin()
     wait()
     t = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + t)
     if position >= 0:  # padding is written nowhere
         where = slot(tables, tl.load(sequences + t), position, ring, True, PAGE)
-        head, j = tl.arange(0, HEADS), tl.arange(0, HALF)
+        head, j = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
         here = j < C // 2
         c, s = (
             tl.load(cos + t * (C // 2) + j, mask=here, other=0.0),
@@ -126,10 +126,11 @@ def turn_and_keep(
     """
     (_, G, C), (T, width) = k_SGC.shape, qkv.shape
     H = width // C - 2 * G
-    _turn_and_keep[(T,)](
+    heads = min(16, triton.next_power_of_2(H + 2 * G))
+    _turn_and_keep[(T, triton.cdiv(H + 2 * G, heads))](
         qkv, k_SGC, v_SGC, cos_TC, sin_TC, positions_T, sequences_T, table_BR, table_BR.shape[1],
-        H=H, G=G, C=C, PAGE=page_size, HEADS=triton.next_power_of_2(H + 2 * G), HALF=triton.next_power_of_2(C // 2),
-        num_warps=8, **LAUNCH,
+        H=H, G=G, C=C, PAGE=page_size, HEADS=heads, HALF=triton.next_power_of_2(C // 2),
+        num_warps=4, **LAUNCH,
     )  # fmt: skip
     return qkv[:, : H * C].unflatten(-1, (H, C))
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from maestrale.torch_backend.staging import put
 
-_PROGRAMS = 1056  # of decoding attention that fill a large GPU: 8 on each of 132 multiprocessors
+_PROGRAMS = 528  # of decoding attention that fill a large GPU: 4 on each of 132 multiprocessors, which holds 5
 _MAX_SPLITS = 32
 
 
