@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from maestrale.errors import CheckpointError, RequestError
+from maestrale.errors import CheckpointError
 from maestrale.sampling import policy
 from maestrale.sampling.mask import Mask
 from maestrale.sampling.params import SamplingParams
