@@ -185,10 +185,10 @@ def bytes_in_memory(checkpoint: Checkpoint, backend: str, dtype: str, weights: s
             for name, tensor in plan.items()
         }
     bits = dict.fromkeys(plan, _BITS["f32"])
-    for name, tensor in plan.items():
+    for name in plan:
         if name == "tok_embeddings.weight" or checkpoint.is_packed(name):
             bits[name] = checkpoint.storage(name)[1]
-        elif len(tensor.shape) == 2 and not name.endswith("gate.weight"):
+        elif is_linear(name):
             bits[name] = _BITS[weights]
     sizes = {name: tensor.size * bits[name] / 8 for name, tensor in plan.items()}
     if config.tied_embeddings:  # the head is packed besides

@@ -73,5 +73,7 @@ def test_a_second_server_on_the_port_is_refused_before_the_model_is_read(start):
     assert found.returncode == 2
     assert found.stderr.count("\n") == 1
     assert f"127.0.0.1:{server.port}" in found.stderr
+    stray = ENVIRONMENT | {"RANK": "1"}  # no launcher says how many there are: a single process
+    assert subprocess.run(command, capture_output=True, env=stray, timeout=60).returncode == 2
     command[-1] = "0"
     assert subprocess.run(command, capture_output=True, env=ENVIRONMENT, timeout=60).returncode == 3

@@ -8,17 +8,22 @@ import numpy as np
 import peft
 import pytest
 import torch
-from tiny import DENSE, MIXTURE, TIED, WINDOWED, hf_model, native_weights, tokens, write_native
+from tiny import DENSE, MIXTURE, TIED, WINDOWED, hf_model, make_folder, native_weights, tokens, write_native
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from maestrale.checkpoint.adapter import save_adapter
+from maestrale.checkpoint.packed import pack_int4
+from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.reader import open_checkpoint
+from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.text.samples import Labelled, Pair, Sample
 from maestrale.torch_backend import lora
+from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.train import loss as losses
 from maestrale.torch_backend.train.finetune import prepare
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.int4 import Int4Linear
 from maestrale.torch_backend.train.objective import Classes, Language, Preferences
 from maestrale.torch_backend.train.packing import batch_rows, pack_samples
 from maestrale.torch_backend.train.step import keep_less, learn, learning_rate, new_optimizer
@@ -234,23 +239,36 @@ def test_layers_skewed_in_opposite_ways_are_seen_by_each_layer_and_not_by_the_po
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_a_4_bit_layer_is_within_half_a_step_of_its_weight_and_learns_as_that_weight_would(bf16):
-    from maestrale.torch_backend.train.int4 import Int4Linear
-
+def test_a_4_bit_layer_learns_as_the_weight_that_it_stands_for_would(bf16):
     dtype = torch.bfloat16 if bf16 else torch.float32
     draw = torch.Generator().manual_seed(0)
-    layer = torch.nn.Linear(64, 24, bias=False, dtype=dtype)
-    layer.weight.data.copy_(torch.randn(24, 64, generator=draw))
-    layer.weight.data[0, :32] = 0
-    packed = Int4Linear(layer, 32)
-    assert packed.packed.numel() == 24 * 32
-    steps = layer.weight.float().unflatten(1, (2, 32)).abs().amax(2) / 8
-    error = (packed.weight.float() - layer.weight.float()).unflatten(1, (2, 32)).abs().amax(2)
-    assert (error <= (1.02 if not bf16 else 1.15) * steps).all()  # half a step, a whole one where 8 is cut to 7
-    assert error.mean() <= 0.75 * steps.mean()
-    x = torch.randn(5, 64, generator=draw).to(dtype).requires_grad_()
+    codes = torch.randint(0, 16, (24, 96), generator=draw, dtype=torch.uint8)
+    scales = torch.randn(24, 3, generator=draw).half()
+    packed = Int4Linear(pack_int4(codes.numpy(), scales.numpy()), dtype)
+    assert packed.packed.numel() == 24 * 48
+    exact = (codes.double() - 8) * scales.double().repeat_interleave(32, 1)
+    torch.testing.assert_close(packed.weight, exact.to(dtype), rtol=0, atol=0)
+    x = torch.randn(5, 96, generator=draw).to(dtype).requires_grad_()
     packed(x).square().sum().backward()
     grad = x.grad.clone()
     x.grad = None
     (x @ packed.weight.detach().T).square().sum().backward()
     torch.testing.assert_close(grad, x.grad)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_qlora_trains_on_the_weights_that_quantize_writes(stored, tmp_path):
+    """To the last bit, whether the base is the folder as it was or the one that `quantize` wrote."""
+    config = replace(MIXTURE, dim=64, hidden_dim=96, head_dim=16)
+    source = make_folder(tmp_path / "source", config, dtype=stored)
+    quantize(source, tmp_path / "packed", Recipe("int4", 64), round_to_nearest)
+    with open_checkpoint(tmp_path / "packed") as checkpoint:
+        expected = load_model(checkpoint, torch.bfloat16, torch.device("cpu"))
+    for folder in (source, tmp_path / "packed"):
+        with open_checkpoint(folder) as checkpoint:
+            model = prepare(checkpoint, settings(method="qlora", group=64, bf16=True), 0)
+        bases = {name.removesuffix(".base"): m for name, m in model.named_modules() if isinstance(m, Int4Linear)}
+        assert len(bases) == 2 * (4 + 4 * 3)  # of each of two layers, attention and four experts
+        assert {layer.group for layer in bases.values()} == {64, 32}  # 96 inputs go into no groups of 64
+        for name, layer in bases.items():
+            assert torch.equal(layer.weight, expected.get_submodule(name).weight), name

@@ -13,15 +13,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from parallel.start import free_port
 from safetensors.torch import load_file
-from tiny import MIXTURE, WINDOWED, make_folder, write_tekken
+from tiny import DENSE, MIXTURE, WINDOWED, make_folder, write_tekken
 
-from maestrale.errors import UsageError
-from maestrale.torch_backend.train.finetune import finetune
+from maestrale.checkpoint.reader import open_checkpoint
+from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.torch_backend.model import Transformer
+from maestrale.torch_backend.train.finetune import finetune, require_memory
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
 from maestrale.torch_backend.train.losses import read_log
-from maestrale.torch_backend.train.parallel import ranks_of_torchrun
+from maestrale.torch_backend.train.parallel import Ranks, ranks_of_torchrun
 
 # Every run interrupts itself, on one rank alone, in the step that it is told. All settings one after another: starting
 # ranks takes longer than their training.
@@ -136,3 +139,58 @@ def test_a_rank_that_is_told_nonsense_says_so_in_a_line(told, said, monkeypatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=said), ranks_of_torchrun():
         pass
+
+
+def test_ranks_stay_on_cpus_with_a_gpu_in_the_machine_too(monkeypatch):
+    """NCCL would want a GPU for each rank, and FSDP left to itself chooses GPUs where it sees one."""
+    met, model = [], Transformer(DENSE)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **told: met.append(backend))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed.device_mesh, "init_device_mesh", lambda device, shape: (device, shape))
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", lambda module, mesh=None: met.append(mesh))
+    monkeypatch.setattr(torch.distributed.fsdp, "register_fsdp_forward_method", lambda module, name: None)
+    with ranks_of_torchrun() as ranks:
+        assert (ranks.rank, ranks.size) == (0, 2)
+        ranks.shard(model)
+    assert met == ["gloo", *[("cpu", (2,))] * 3]
+
+
+@pytest.mark.parametrize(
+    ("method", "stored", "ranks", "on_host", "each"),
+    [
+        ("full", torch.float32, 1, 1, 16),
+        ("full", torch.float32, 2, 2, 8),  # weight, gradient and two moments, cut
+        ("full", torch.bfloat16, 8, 4, 4),  # the whole in fp32, before it is cut
+        ("lora", torch.float32, 2, 2, 2),  # likewise, in bf16
+        ("lora", torch.bfloat16, 2, 2, 1),  # mapped, and cut
+        ("qlora", torch.bfloat16, 2, 2, 0.6),  # int4 is not cut
+    ],
+)
+@pytest.mark.parametrize("told", ["LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
+def test_the_ranks_of_a_host_share_its_memory(told, method, stored, ranks, on_host, each, tmp_path, monkeypatch):
+    """each: bytes a parameter that one rank must have at some moment."""
+
+    class Alike(Ranks):
+        def least(self, number: int) -> int:
+            return number
+
+    folder = make_folder(tmp_path / "model", DENSE, dtype=stored)
+    parameters = sum(tensor.numel() for tensor in load_file(folder / "consolidated.safetensors").values())
+    monkeypatch.setenv(told, str(on_host))
+    made = FinetuneSettings(model=str(folder), train="t", out="o", method=method)
+    for missing in (0, 100):
+        free = int(each * parameters) * on_host - missing
+        monkeypatch.setattr("maestrale.torch_backend.train.finetune.available_memory", lambda free=free: free)
+        with open_checkpoint(folder) as checkpoint:
+            if not missing:
+                require_memory(checkpoint, made, Alike(0, ranks))
+                continue
+            said = "GiB are to be had" if ranks == 1 else f"alone on each of {ranks} ranks"
+            with pytest.raises(MemoryLimitError, match=rf"method {method} needs .*{said}"):
+                require_memory(checkpoint, made, Alike(0, ranks))

@@ -341,9 +341,28 @@ def test_samples_over_the_length_are_told_of(made, tmp_path):
         file.write(json.dumps({"text": "word " * 40}) + "\n")
         long = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "word " * 40}]
         file.write(json.dumps({"messages": long}) + "\n")
+    with open(tmp_path / "heldout.jsonl", "a") as file:
+        file.write(json.dumps({"messages": long}) + "\n")
     result = finetune(settings, notice=told.append)
-    assert told == ["2 of 26 samples are longer than seq_len = 48: 1 texts are cut, 1 others left out"]
-    assert (result.cut, result.left_out) == (1, 1)
+    assert told == [
+        f"{tmp_path}/train.jsonl: 2 of 26 samples are longer than seq_len = 48: 1 texts are cut, 1 others left out",
+        f"{tmp_path}/heldout.jsonl: 1 of 7 samples are longer than seq_len = 48: 0 texts are cut, 1 others left out",
+    ]
+    assert (result.samples, result.cut, result.left_out) == (26, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("heldout", "lm"), ("own", "lm"), ("heldout", "dpo"), ("heldout", "classify")]
+)
+def test_a_file_whose_samples_are_all_too_long_is_named(name, task, made, tmp_path):
+    settings, words = made(task=task), "word " * 40
+    talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": words}]
+    pair = {"prompt": "x", "chosen": words, "rejected": "no"}
+    line = {"lm": {"messages": talk}, "dpo": pair, "classify": {"text": words, "label": "fox"}}[task]
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=rf"{name}\.jsonl: every sample is longer than seq_len = 48"):
+        finetune(replace(settings, **{name: str(tmp_path / f"{name}.jsonl")}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_samples_and_impossible_runs_are_refused_before_anything_is_learnt(made, tmp_path, monkeypatch):

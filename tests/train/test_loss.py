@@ -11,10 +11,11 @@ from torch.nn.functional import cross_entropy
 from maestrale.checkpoint.hf import has_permuted_rows, hf_name, to_hf_rows
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.model import Transformer
-from maestrale.torch_backend.train.loss import balance_loss, packed_attend, packed_loss, packed_positions, router_scores
+from maestrale.torch_backend.train.loss import balance_loss, packed_attend, packed_loss, packed_positions
 from maestrale.torch_backend.train.objective import tensors
 from maestrale.torch_backend.train.packing import pack
 from maestrale.torch_backend.train.step import new_model
+from maestrale.torch_backend.watch import Watch
 
 CONFIGS = {
     "window": tiny_config(),
@@ -135,7 +136,7 @@ def test_balance_loss_of_one_expert_for_all_is_the_number_of_experts():
 
 def test_router_scores_are_taken_from_outside_and_only_inside_the_block():
     model = new_model(tiny_mixture(), seed=1)
-    with router_scores(model) as scores:
+    with Watch(model) as watch:
         loss_of(model, random_documents(12), 16)
     loss_of(model, random_documents(12), 16)
-    assert [tuple(s.shape) for s in scores] == [(16, 4), (16, 4)]
+    assert [tuple(s.shape) for s in watch.scores] == [(16, 4), (16, 4)]

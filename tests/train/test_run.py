@@ -131,6 +131,13 @@ def test_a_second_process_is_refused(settings):
         train(made)
 
 
+def test_several_processes_are_refused(settings, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="train runs in one process, and 2 were started"):
+        train(settings())
+
+
 def test_a_pattern_that_names_no_file_is_refused(settings):
     with pytest.raises(UsageError, match=r"no-such.*: no such file"):
         train(settings(train=("no-such*.txt",)))

@@ -23,6 +23,7 @@ from maestrale.checkpoint.gguf_room import ARRAY, BOOL, MAGIC, STRING, TYPES
 from maestrale.checkpoint.gguf_vocab import SentencePieces, from_file, from_gguf, to_header
 from maestrale.checkpoint.packed import BLOCK, unpack
 from maestrale.checkpoint.packed_room import is_linear
+from maestrale.checkpoint.quantize import EMBEDDINGS, HEAD
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
 from maestrale.checkpoint.writer import Progress, atomic_file, require_space, writing
 from maestrale.errors import CheckpointError, ConfigError, UsageError
@@ -101,11 +102,11 @@ def _tensors(source: Checkpoint, weights: str) -> list[_Tensor]:
     found: dict[str, _Tensor] = {}
     for name, plan in tensor_plan(source.config).items():
         kind = weights
-        if len(plan.shape) == 1 or name.endswith("gate.weight"):
+        if not is_linear(name) and name != EMBEDDINGS:
             kind = "F32"
         elif weights in BLOCKS and plan.shape[-1] % 32:
             kind = "BF16"
-        elif weights == "Q4_0" and (name == "output.weight" or not is_linear(name)):
+        elif weights == "Q4_0" and name in (HEAD, EMBEDDINGS):
             kind = "Q8_0"
         stored = gguf.gguf_name(name)
         sources = [*(found[stored].sources if stored in found else []), name]

@@ -37,14 +37,13 @@ IGNORED = re.compile(r"pad\.\d+")
 METADATA = "maestrale.packed"
 VERSION = 1
 ALIGNMENT = 64
+_LINEAR = tuple(f".{layer}.weight" for layer in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"))
 Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 
 def is_linear(name: str) -> bool:
     """Whether a canonical tensor is a linear layer's weight, which may be quantized: no norm, embedding or router."""
-    return name.endswith((".wq.weight", ".wk.weight", ".wv.weight", ".wo.weight", ".w1.weight", ".w2.weight")) or (
-        name.endswith(".w3.weight") or name == "output.weight"
-    )
+    return name == "output.weight" or name.endswith(_LINEAR)
 
 
 def places(config: ModelConfig, file: TensorFile) -> dict[str, Place | QuantizedPlace]:

@@ -40,15 +40,21 @@ def finetune(
         raise UsageError(f"training needs {', '.join(missing)}: pip install 'maestrale[train]'")
     if resume and force:
         raise UsageError("--resume goes on with a run and --force begins again: give one of them")
+    from maestrale.choices import nearest_rounding
     from maestrale.launch import model_folder
+    from maestrale.parallel.launcher import world
     from maestrale.torch_backend.train.finetune import finetune as run
     from maestrale.torch_backend.train.finetune_settings import read_finetune_settings
 
     settings = read_finetune_settings(
         config, model=str(model_folder(model)), train=data, task=task, method=method, heldout=heldout, out=out
     )
-    result = run(settings, resume, force, notice=lambda line: print(f"maestrale: {line}", file=sys.stderr))
-    if int(os.environ.get("RANK", "0")):
+
+    def notice(line: str) -> None:
+        print(f"maestrale: {line}", file=sys.stderr)
+
+    result = run(settings, resume, force, notice, nearest_rounding())
+    if world()[0]:
         return
     if as_json:
         print(json.dumps(vars(result)))

@@ -16,6 +16,7 @@ import uvicorn
 from maestrale.errors import SIGINT_EXIT, MaestraleError, UsageError
 from maestrale.llm import LLM
 from maestrale.memory import peak_memory
+from maestrale.parallel.launcher import world
 from maestrale.serve import heap
 from maestrale.serve.app import make_app
 from maestrale.serve.context import Context
@@ -37,7 +38,7 @@ def serve(settings: Settings, open_model: Callable[[], LLM]) -> int:
     Where torchrun or mpirun started several processes, rank 0 serves; the others compute, and do not return.
     """
     heap.prepare()
-    if os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) != "0":
+    if world()[0]:
         open_model()
     with _listen(settings) as listener:
         llm = open_model()

@@ -16,6 +16,7 @@ from torch import nn
 
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.packed import MIDDLE, PackedWeight, dequantize, pack_int4, pack_int8
+from maestrale.checkpoint.packed_room import is_linear
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.checkpoint.rounding import int4_scales
 from maestrale.errors import UsageError
@@ -84,7 +85,7 @@ class Calibrated:
         hooks = [
             module.register_forward_pre_hook(self._measure(name))
             for name, module in self._block.named_modules()
-            if isinstance(module, nn.Linear) and not name.endswith((*_SAME_INPUT, "gate"))
+            if is_linear(f"{name}.weight") and not name.endswith(tuple(_SAME_INPUT))
         ]
         self._run(keep=False)
         for hook in hooks:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from maestrale.checkpoint.dtypes import StoredTensor
-from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.staging import Staging
@@ -21,11 +20,11 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    keep: Callable[[PackedWeight], nn.Module] | None = None,
+    keep: Callable[[str], nn.Module | None] = lambda name: None,
 ) -> Transformer:
     """The model in evaluation mode, frozen. `progress` is called with (tensors done, tensors in all).
 
-    keep: makes the layer of a weight that is stored as int8 or int4 and is to stay so; None: such weights are unpacked.
+    keep: makes the layer of a canonical weight that is to take fewer bits than `dtype` has, and gives None for others.
 
     On the CPU a tensor that is stored as it is wanted is used where it lies, mapped from the file; any other is
     copied and its mapped pages are given back at once, so that at no time more than one tensor exists twice.
@@ -35,9 +34,8 @@ def load_model(
     names, state = checkpoint.names(), {}
     staging = Staging(device) if device.type == "cuda" else None
     for done, name in enumerate(names):
-        packed = checkpoint.packed(name) if keep is not None else None
-        if keep is not None and packed is not None:
-            model.set_submodule(name.removesuffix(".weight"), keep(packed))
+        if (layer := keep(name)) is not None:
+            model.set_submodule(name.removesuffix(".weight"), layer)
         else:
             stored = as_torch(checkpoint.tensor(name))
             state[name] = (stored if staging is None else staging.copy(stored)).to(device=device, dtype=dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 
 from maestrale.batch import Batch, CacheLayout, Runner, StepOutput
 from maestrale.checkpoint.adapter import Adapter
-from maestrale.checkpoint.packed import PackedWeight
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.errors import MemoryLimitError, UsageError, first_line
 from maestrale.memory import keep_freed_memory
@@ -125,11 +123,14 @@ def open_runner(
         raise UsageError(
             f"weights fp8: only Triton's kernels have it; {device} runs torch's: set MAESTRALE_KERNELS=triton"
         )
-    keep: Callable[[PackedWeight], nn.Module] | None = None
-    if kernels == "triton":
+
+    def keep(name: str) -> nn.Module | None:
+        if kernels != "triton" or (packed := checkpoint.packed(name)) is None:
+            return None
         from maestrale.torch_backend.triton.packed import from_packed  # slow to import, and not everywhere
 
-        keep = partial(from_packed, device=place, dtype=DTYPES[dtype])
+        return from_packed(packed, place, DTYPES[dtype])
+
     keep_freed_memory()
     model = load_model(checkpoint, DTYPES[dtype], place, progress, keep)
     if fp8:

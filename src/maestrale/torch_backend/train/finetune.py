@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +17,13 @@ from maestrale.checkpoint.adapter import Adapter, save_adapter
 from maestrale.checkpoint.classifier import write_classifier
 from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import StoredTensor
+from maestrale.checkpoint.quantize import Quantizer
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
+from maestrale.checkpoint.rounding import round_to_nearest
 from maestrale.checkpoint.writer import save_checkpoint
 from maestrale.errors import DataError, MemoryLimitError, UsageError
 from maestrale.memory import available_memory
+from maestrale.parallel.launcher import ranks_on_this_host
 from maestrale.plan import count_parameters
 from maestrale.text.samples import require_samples
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
@@ -29,11 +31,11 @@ from maestrale.torch_backend import lora
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
-from maestrale.torch_backend.train.int4 import to_int4
+from maestrale.torch_backend.train.int4 import int4_layer
 from maestrale.torch_backend.train.loop import Run
 from maestrale.torch_backend.train.objective import Classes, Language, Objective, Preferences
-from maestrale.torch_backend.train.packing import pack_samples
-from maestrale.torch_backend.train.parallel import ranks_of_torchrun
+from maestrale.torch_backend.train.packing import TooLong, pack_samples
+from maestrale.torch_backend.train.parallel import Ranks, ranks_of_torchrun
 from maestrale.torch_backend.train.report import finetune_card
 from maestrale.torch_backend.train.step import autocast
 from maestrale.torch_backend.train.unlikely import language
@@ -55,14 +57,23 @@ class FinetuneResult:
 
 
 @dataclass(frozen=True)
+class _File:
+    """A file's samples. kept: in task `lm` as sequences, else those that are short enough. long: of all."""
+
+    path: str
+    samples: Sequence[Any]
+    kept: Any
+    long: TooLong
+
+
+@dataclass(frozen=True)
 class _Data:
-    """form: what tokenizer.model's name is to tell, where there are conversations to learn and it does not."""
+    """files: what is learnt first. form: what tokenizer.model's name is to tell, where there are conversations to learn
+    and it does not."""
 
     train: Objective
     heldout: Objective | None
-    samples: int
-    cut: int
-    left_out: int
+    files: Sequence[_File]
     form: str | None
 
     @property
@@ -75,11 +86,13 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     notice: Callable[[str], None] = lambda line: None,
+    quantizer: Quantizer = round_to_nearest,
 ) -> FinetuneResult:
     """Trains, or with `resume` goes on from the last state, and writes the adapter or the model to `settings.out`.
 
-    notice: gets a line for what the user should know before it starts. Errors as Run's; CheckpointError for the
-    model, DataError for the samples, MemoryLimitError where it cannot fit.
+    notice: gets a line, on the first rank, for what the user should know before it starts. quantizer: rounds the base
+    of `qlora`. Errors as Run's; CheckpointError for the model, DataError for the samples, MemoryLimitError where it
+    cannot fit.
     """
     with ranks_of_torchrun() as ranks, open_checkpoint(settings.model) as checkpoint:
         run = Run(settings, resume, force, ranks)
@@ -91,19 +104,12 @@ def finetune(
                     f"seq_len = {settings.seq_len} is over the model's max_position_embeddings = {longest}"
                 )
             data = _read(settings, tokenizer)
-            if data.cut or data.left_out:
-                notice(
-                    f"{data.cut + data.left_out} of {data.samples} samples are longer than seq_len = "
-                    f"{settings.seq_len}: {data.cut} texts are cut, {data.left_out} others left out"
-                )
-            if data.form and settings.method != "full":
-                notice(
-                    f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
-                    f"tokenizer.model.{data.form}"
-                )
+            if ranks.first:
+                _tell(notice, settings, data, tokenizer)
             steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
             run.settings = settings = replace(settings, steps=steps)
-            model = prepare(checkpoint, settings, len(data.labels))
+            require_memory(checkpoint, settings, ranks)
+            model = prepare(checkpoint, settings, len(data.labels), quantizer)
             learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
             ranks.shard(model)
             model.train()
@@ -113,9 +119,9 @@ def finetune(
             result = FinetuneResult(
                 out=settings.out,
                 steps=steps,
-                samples=data.samples,
-                cut=data.cut,
-                left_out=data.left_out,
+                samples=len(data.files[0].samples),
+                cut=data.files[0].long.cut,
+                left_out=data.files[0].long.left_out,
                 learnable=learnable,
                 seconds=round(seconds, 1),
                 heldout_loss=loss,
@@ -126,17 +132,34 @@ def finetune(
     return result
 
 
-def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) -> Transformer:
+def _tell(notice: Callable[[str], None], settings: FinetuneSettings, data: _Data, tokenizer: Tokenizer) -> None:
+    for file in data.files:
+        if file.long.cut or file.long.left_out:
+            notice(
+                f"{file.path}: {file.long.cut + file.long.left_out} of {len(file.samples)} samples are longer than "
+                f"seq_len = {settings.seq_len}: {file.long.cut} texts are cut, {file.long.left_out} others left out"
+            )
+    if data.form and settings.method != "full":
+        notice(
+            f"{tokenizer.path}: tells no form of chats: for merged weights to chat, call their tokenizer.model "
+            f"tokenizer.model.{data.form}"
+        )
+
+
+def prepare(
+    checkpoint: Checkpoint, settings: FinetuneSettings, classes: int, quantizer: Quantizer = round_to_nearest
+) -> Transformer:
     """The model with all that can learn in fp32 and free to, and nothing else."""
-    _require_memory(checkpoint, settings)
     full = settings.method == "full"
     dtype = torch.bfloat16 if settings.bf16 and not full else torch.float32
-    model = load_model(checkpoint, dtype, torch.device("cpu"))
+
+    def keep(name: str) -> nn.Module | None:
+        return int4_layer(checkpoint, name, settings.group, quantizer, dtype) if settings.method == "qlora" else None
+
+    model = load_model(checkpoint, dtype, torch.device("cpu"), keep=keep)
     if full:
         model.requires_grad_(True)
     else:
-        if settings.method == "qlora":
-            to_int4(model, settings.group)
         names = lora.target_layers(checkpoint.config, settings.targets)
         lora.add_lora(
             model, names, settings.rank, settings.alpha / settings.rank, settings.method == "dora", settings.seed
@@ -149,48 +172,57 @@ def prepare(checkpoint: Checkpoint, settings: FinetuneSettings, classes: int) ->
     return model
 
 
-def _require_memory(checkpoint: Checkpoint, settings: FinetuneSettings) -> None:
-    parameters = count_parameters(checkpoint.config)[0]
-    each = {"full": 16.0, "qlora": 0.6}.get(settings.method, 2.0 if settings.bf16 else 4.0)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    needed, free = int(each * parameters) // size, available_memory()
+def require_memory(checkpoint: Checkpoint, settings: FinetuneSettings, ranks: Ranks) -> None:
+    """MemoryLimitError, on all ranks alike, where the weights and what learns them do not fit. Each rank loads the
+    model whole before it is cut; int4 weights are made one by one, and never cut."""
+    full, parameters = settings.method == "full", count_parameters(checkpoint.config)[0]
+    name, size = ("F32", 4.0) if full or not settings.bf16 else ("BF16", 2.0)
+    mapped = checkpoint.dtype == name and not checkpoint.quantized  # from the file, until a part of it is copied
+    each = max((16.0 if full else size) / ranks.size, 0.0 if mapped else size)
+    needed = int((0.6 if settings.method == "qlora" else each) * parameters)
+    free = ranks.least(available_memory() // ranks_on_this_host())
     if needed > free:
+        where = "" if ranks.size == 1 else f" on each of {ranks.size} ranks"
         raise MemoryLimitError(
-            f"{checkpoint.folder}: method {settings.method} needs {needed / 2**30:.1f} GiB for weights alone, "
-            f"{free / 2**30:.1f} GiB are to be had; lora and qlora need less, and torchrun divides over ranks"
+            f"{checkpoint.folder}: method {settings.method} needs {needed / 2**30:.1f} GiB for weights alone{where}, "
+            f"{free / 2**30:.1f} GiB are to be had; lora and qlora need less, and ranks on several hosts divide it"
         )
 
 
 def _read(settings: FinetuneSettings, tokenizer: Tokenizer) -> _Data:
-    train = require_samples(settings.train, tokenizer, settings.task)
-    heldout = [] if settings.heldout is None else require_samples(settings.heldout, tokenizer, settings.task)
+    def opened(path: str | None) -> _File | None:
+        return None if path is None else _open(path, settings, tokenizer)
+
+    train, heldout, own = _open(settings.train, settings, tokenizer), opened(settings.heldout), opened(settings.own)
+    files = [file for file in (train, heldout, own) if file is not None]
     if settings.task == "lm":
-        packed, too_long = pack_samples(train, settings.seq_len)
-        if not len(packed):
-            raise DataError(f"{settings.train}: every sample is longer than seq_len = {settings.seq_len}")
-        test = Language(pack_samples(heldout, settings.seq_len)[0]) if heldout else None
-        own = None
-        if settings.own is not None:
-            own, _ = pack_samples(require_samples(settings.own, tokenizer, settings.task), settings.seq_len)
-        objective = language(packed, own, settings.own_share)
-        form = tokenizer.untold_form if any(sample.whole for sample in train) else None
-        return _Data(objective, test, len(train), too_long.cut, too_long.left_out, form)
-    kept = [sample for sample in train if _length(sample) <= settings.seq_len]
-    test_kept = [sample for sample in heldout if _length(sample) <= settings.seq_len]
-    if not kept:
-        raise DataError(f"{settings.train}: every sample is longer than seq_len = {settings.seq_len}")
-    left_out = len(train) - len(kept)
+        objective = language(train.kept, None if own is None else own.kept, settings.own_share)
+        form = tokenizer.untold_form if any(sample.whole for sample in train.samples) else None
+        return _Data(objective, None if heldout is None else Language(heldout.kept), files, form)
     if settings.task == "dpo":
-        pairs = Preferences(kept, settings.beta)
-        test_pairs = Preferences(test_kept, settings.beta) if test_kept else None
-        return _Data(pairs, test_pairs, len(train), 0, left_out, tokenizer.untold_form)
-    labels = sorted({sample.label for sample in kept})
+        test_pairs = None if heldout is None else Preferences(heldout.kept, settings.beta)
+        return _Data(Preferences(train.kept, settings.beta), test_pairs, files, tokenizer.untold_form)
+    labels = sorted({sample.label for sample in train.kept})
     if len(labels) < 2:
-        raise DataError(f"{settings.train}: one label, {labels[0]!r}, in all samples; expected two or more")
-    if strange := [f"{settings.heldout}:{s.line}: {s.label!r}" for s in test_kept if s.label not in labels]:
-        raise DataError(f"labels that {settings.train} does not hold: {', '.join(strange[:10])}")
-    test_classes = Classes(test_kept, labels) if test_kept else None
-    return _Data(Classes(kept, labels), test_classes, len(train), 0, left_out, form=None)
+        raise DataError(f"{train.path}: one label, {labels[0]!r}, in all samples; expected two or more")
+    if heldout is None:
+        return _Data(Classes(train.kept, labels), None, files, form=None)
+    if strange := [f"{heldout.path}:{s.line}: {s.label!r}" for s in heldout.kept if s.label not in labels]:
+        raise DataError(f"labels that {train.path} does not hold: {', '.join(strange[:10])}")
+    return _Data(Classes(train.kept, labels), Classes(heldout.kept, labels), files, form=None)
+
+
+def _open(path: str, settings: FinetuneSettings, tokenizer: Tokenizer) -> _File:
+    samples = require_samples(path, tokenizer, settings.task)
+    if settings.task == "lm":
+        packed, long = pack_samples(samples, settings.seq_len)
+        file = _File(path, samples, packed, long)
+    else:
+        kept = [sample for sample in samples if _length(sample) <= settings.seq_len]
+        file = _File(path, samples, kept, TooLong(cut=0, left_out=len(samples) - len(kept)))
+    if not len(file.kept):
+        raise DataError(f"{path}: every sample is longer than seq_len = {settings.seq_len}: raise it")
+    return file
 
 
 def _length(sample: Any) -> int:

@@ -1,6 +1,5 @@
-"""Frozen linear layers in 4 bits, for fine-tuning what stands around them (QLoRA, arXiv 2305.14314).
-
-Groups of weights along a row share a scale: w ≈ scale * q, q from -8 to 7, the group's largest weight at -8 exactly.
+"""Frozen linear layers in 4 bits, for fine-tuning what stands around them (QLoRA, arXiv 2305.14314): the very weights
+that `quantize` writes for a folder of int4 and a runner reads from it.
 """
 
 from __future__ import annotations
@@ -11,31 +10,43 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from maestrale.torch_backend.model import Transformer
+from maestrale.checkpoint.packed import MIDDLE, PackedWeight, unpack
+from maestrale.checkpoint.packed_room import is_linear
+from maestrale.checkpoint.quantize import HEAD, Quantizer
+from maestrale.checkpoint.reader import Checkpoint
+from maestrale.checkpoint.rounding import fitting_group
+
+_AT_ONCE = 1 << 18  # weights whose fp32 values exist at once: they stay in a core's cache
 
 
 class Int4Linear(nn.Module):
     """A linear layer whose weight is unpacked when it is needed, forward and backward, and never kept."""
 
-    packed: torch.Tensor  # uint8 [out, in / 2], the low half first
-    scales: torch.Tensor  # [out, in / group]
+    packed: torch.Tensor  # uint8 [out, in / 2]: low halves are the first half of a row, high ones the second
+    scales: torch.Tensor  # float16 [out, in / group]
 
-    def __init__(self, layer: nn.Linear, group: int):
+    def __init__(self, weight: PackedWeight, dtype: torch.dtype):
+        """weight: int4, symmetric. dtype: of the weight that is multiplied."""
         super().__init__()
-        weight = layer.weight.detach()
-        self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, weight.dtype
-        groups = weight.float().unflatten(1, (-1, group))
-        largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-        scales = torch.where(largest == 0, 1.0, largest / -8)
-        q = (groups / scales).round().clamp(-8, 7).flatten(1).to(torch.int8) + 8
-        self.register_buffer("packed", (q[:, ::2] | q[:, 1::2] << 4).view(torch.uint8))
-        self.register_buffer("scales", scales.squeeze(2).to(weight.dtype))
+        self.out_features, self.in_features = weight.shape
+        self.group, self.dtype, self._half = weight.group, dtype, self.in_features // 2
+        codes, scales, _ = unpack(weight)
+        packed = torch.from_numpy(codes[:, : self._half] | codes[:, self._half :] << 4)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales", torch.tensor(scales), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in], made anew."""
-        q = torch.stack([self.packed & 15, self.packed >> 4], 2).flatten(1).to(self.dtype) - 8
-        return (q.unflatten(1, (self.scales.shape[1], -1)) * self.scales.unsqueeze(2)).flatten(1)
+        """[out, in], made anew: code times scale in fp32, as `dequantize` has it, rounded to dtype."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
+        rows = max(1, _AT_ONCE // self.in_features)
+        parts = zip(self.packed.split(rows), self.scales.split(rows), weight.split(rows), strict=True)
+        for packed, scales, part in parts:
+            values = torch.empty(part.shape, dtype=torch.float32)
+            values[:, : self._half], values[:, self._half :] = packed & 15, packed >> 4
+            values.sub_(MIDDLE).unflatten(1, (-1, self.group)).mul_(scales.float().unsqueeze(2))
+            part.copy_(values)
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Product.apply(x, self)
@@ -54,9 +65,20 @@ class _Product(torch.autograd.Function):
         return (grads[0] @ ctx.layer.weight.to(grads[0].dtype)).to(ctx.dtype), None
 
 
-def to_int4(model: Transformer, group: int) -> None:
-    """In place: every linear layer of the blocks whose rows are whole groups; routers, head and embeddings stay."""
-    for name, module in list(model.named_modules()):
-        inside = name.startswith("layers.") and not name.endswith(".gate")
-        if isinstance(module, nn.Linear) and inside and module.in_features % group == 0:
-            model.set_submodule(name, Int4Linear(module, group))
+def int4_layer(
+    checkpoint: Checkpoint, name: str, group: int, quantizer: Quantizer, dtype: torch.dtype
+) -> Int4Linear | None:
+    """The layer of a canonical weight: as it is stored where that is symmetric int4, else rounded by `quantizer`.
+
+    None for what stays as it is: routers, head, embeddings, norms, and a layer whose inputs no group up to `group`
+    divides.
+    """
+    if not is_linear(name) or name == HEAD:
+        return None
+    weight = checkpoint.packed(name)
+    if weight is None or weight.format != "int4" or weight.offsets is not None:
+        tensor = checkpoint.tensor(name)
+        if (size := fitting_group(tensor.shape[-1], group)) is None:
+            return None
+        weight = quantizer(name, tensor, "int4", size)
+    return Int4Linear(weight, dtype)

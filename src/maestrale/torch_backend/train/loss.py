@@ -5,8 +5,6 @@ B sequences of L tokens; the model sees them as T = B * L rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maestrale.batch import visible
 from maestrale.torch_backend.model import Attend, Transformer
-from maestrale.torch_backend.moe import MixtureOfExperts, route
+from maestrale.torch_backend.moe import route
 from maestrale.torch_backend.train.packing import IGNORED
 
 _BLOCK = 128  # queries
@@ -169,19 +167,6 @@ def _losses(
 
 def _rows(n_logits: int) -> int:
     return max(1, _HEAD_BYTES // (4 * n_logits))
-
-
-@contextmanager
-def router_scores(model: Transformer) -> Iterator[list[torch.Tensor]]:
-    """A list that fills with each mixture's router scores [T, E], layer by layer, while the model runs."""
-    scores: list[torch.Tensor] = []
-    gates = [module.gate for module in model.modules() if isinstance(module, MixtureOfExperts)]
-    hooks = [gate.register_forward_hook(lambda gate, inputs, output: scores.append(output)) for gate in gates]
-    try:
-        yield scores
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def balance_loss(scores_TE: torch.Tensor, n_chosen: int, real_T: torch.Tensor) -> torch.Tensor:

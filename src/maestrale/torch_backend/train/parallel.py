@@ -39,6 +39,13 @@ class Ranks:
             torch.distributed.all_reduce(value)
         return value
 
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers, when all have come to say theirs."""
+        value = torch.tensor(number)
+        if self.size > 1:
+            torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MIN)
+        return int(value)
+
     def clip_gradients(self, model: nn.Module, limit: float) -> float:
         """Scales all gradients so that their norm is `limit` at most; gives the norm that they had."""
         norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], limit)
@@ -48,14 +55,16 @@ class Ranks:
         """Cuts the weights of each block, and of what stands around the blocks, over the ranks."""
         if self.size == 1:
             return
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         for module in model.modules():
             if isinstance(module, MixtureOfExperts):
                 module.register_forward_hook(_touch_all_experts)
+        mesh = init_device_mesh("cpu", (self.size,))  # left to itself, FSDP moves the weights to a GPU that it sees
         for block in model.layers:
-            fully_shard(block)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "hidden_states")
 
     def rest(self, model: nn.Module) -> None:
@@ -85,8 +94,7 @@ def ranks_of_torchrun() -> Iterator[Ranks]:
         yield Ranks()
         return
     set_rendezvous(size)
-    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, rank=rank, world_size=size)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     ranks = Ranks(rank, size)
     try:
         yield ranks

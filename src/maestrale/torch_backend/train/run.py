@@ -14,6 +14,7 @@ from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.checkpoint.writer import atomic_file, save_checkpoint
 from maestrale.errors import UsageError
+from maestrale.parallel.launcher import world
 from maestrale.torch_backend.load import load_model
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import step as steps
@@ -44,8 +45,10 @@ class TrainResult:
 def train(settings: TrainSettings, resume: bool = False, force: bool = False) -> TrainResult:
     """Trains, or with `resume` goes on from the last state, and writes the model to `settings.out`.
 
-    Errors as Run's; UsageError for the text.
+    Errors as Run's; UsageError for the text, and under a launcher of several processes.
     """
+    if (size := world()[1]) > 1:
+        raise UsageError(f"train runs in one process, and {size} were started: leave torchrun or mpirun out")
     run = Run(settings, resume, force)
     with run.owned():
         data, heldout, heldout_bytes = _prepare(settings, run.folder, resume)

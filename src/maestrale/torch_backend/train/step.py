@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from maestrale.config import ModelConfig
 from maestrale.torch_backend.model import Attention, Block, FeedForward, RMSNorm, Transformer
-from maestrale.torch_backend.train.loss import router_losses, router_scores
+from maestrale.torch_backend.train.loss import router_losses
 from maestrale.torch_backend.train.objective import Objective
 from maestrale.torch_backend.train.parallel import Ranks
 from maestrale.torch_backend.train.settings import LoopSettings
+from maestrale.torch_backend.watch import Watch
 
 
 def new_model(config: ModelConfig, seed: int) -> Transformer:
@@ -124,12 +125,12 @@ def learn(
     micro_batches = ranks.share(rows).reshape(-1, settings.micro_batch)
     total, loads = torch.zeros(()), torch.zeros(())
     for micro in micro_batches:
-        with router_scores(model) as scores, autocast(settings):
+        with Watch(model) as watch, autocast(settings):
             loss, real = objective.loss(model, micro)
         loss = loss / weight
         total += loss.detach().cpu()
         if moe is not None:
-            scores = scores[-model.config.n_layers :]  # of the last pass: a reference may have run before
+            scores = watch.scores[-model.config.n_layers :]  # of the last pass: a reference may have run before
             balance, z, chosen = router_losses(scores, moe.num_experts_per_tok, real, settings.balance_pooled)
             aside = settings.balance * balance + settings.router_z * z
             loss = loss + aside / (len(micro_batches) * ranks.size)
