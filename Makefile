@@ -4,6 +4,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# What a demo imports is compiled as it is imported, where that may be kept; all that is installed takes 4 s more.
+LAZILY := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 
 .PHONY: demo test lint format bench clean
 .DELETE_ON_ERROR:
@@ -15,7 +17,7 @@ $(VENV)/bin/python:
 
 # Without a C++ compiler there are no kernels, and torch runs the model.
 $(VENV)/.user: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable '.[serve]'
+	$(PIP) $(LAZILY) --editable '.[serve]'
 	$(BIN)/python -c 'import sys; from maestrale.native_backend.kernels import missing; sys.exit(bool(missing()))' || \
 		$(PIP) --editable '.[torch,serve]'
 	touch $@

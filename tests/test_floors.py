@@ -9,7 +9,7 @@ import pytest
 import maestrale
 
 ROOT = Path(maestrale.__file__).parent
-F0 = ("errors", "values", "config", "plan", "mesh", "batch", "memory", "threads")
+F0 = ("errors", "values", "config", "plan", "mesh", "batch", "memory", "interrupts", "threads")
 FLOORS = [
     F0,
     ("text", "checkpoint", "sampling"),
@@ -70,7 +70,9 @@ def test_the_command_line_starts_without_a_framework_or_a_backend(module):
 def test_the_command_line_and_the_server_reach_engines_through_llm_only(module):
     reached = {part(name) for name in ours(imports(module))}
     assert not reached & (
-        {"engine"} if module in ("cli.train", "cli.quantize", "cli.finetune") else {"engine", "torch_backend"}
+        {"engine"}
+        if module in ("cli.train", "cli.quantize", "cli.finetune", "cli.plot")
+        else {"engine", "torch_backend"}
     )
 
 
@@ -89,7 +91,7 @@ def test_kernels_import_torch_only(module):
 
 @pytest.mark.parametrize("module", ["torch_backend.model", "torch_backend.moe", "torch_backend.cache"])
 def test_the_model_knows_only_kernels_and_the_ground_floor(module):
-    near = ("torch_backend.ops", "torch_backend.moe")
+    near = ("torch_backend.ops", "torch_backend.moe", "torch_backend.staging")
     assert {name for name in ours(imports(module)) if part(name) not in F0 and not name.startswith(near)} == set()
 
 

@@ -1,7 +1,12 @@
 """LLM, the Python face: what goes in, what comes out, and what is refused before any weight is read."""
 
 import json
+import signal
+import sys
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import DENSE, hf_greedy, hf_logits, hf_model, make_folder, native_weights, tokens, write_native, write_tekken
 
-from maestrale import LLM, Completion, SamplingParams, choices
+from maestrale import LLM, Completion, SamplingParams, choices, engine
 from maestrale.errors import CheckpointError, ConfigError, MemoryLimitError, RequestError, UsageError
 
 CONFIG = replace(DENSE, vocab_size=288, sliding_window=(None, None), max_position_embeddings=96)
@@ -179,6 +184,24 @@ def test_the_words_of_a_chat_with_tools_keep_to_their_constraint(long):
     assert (both.text, both.finish_reason) == (answer.text, "stop")
 
 
+def test_a_wrong_constraint_beside_tools_is_called_by_its_own_name(long):
+    with pytest.raises(RequestError, match="constraint") as error:
+        long.chat(ASK, replace(GREEDY, constraint={"regex": "("}), tools=[WIND])
+    assert error.value.param == "constraint"
+
+
+def test_a_chat_has_one_answer(llm):
+    with pytest.raises(RequestError, match="n = 2: a chat has one answer"):
+        llm.chat(ASK, SamplingParams(n=2))
+
+
+def test_what_is_no_list_of_prompts_is_refused_by_name(llm):
+    with pytest.raises(RequestError, match="expected texts or lists of token ids, got 1"):
+        llm.logits([1, 2, 3])
+    with pytest.raises(RequestError, match="expected texts or lists of token ids, got None"):
+        llm.generate(["a", None])
+
+
 def test_a_chat_without_tools_cannot_require_one(llm):
     with pytest.raises(RequestError) as error:
         llm.chat(ASK, GREEDY, tool_choice="required")
@@ -232,8 +255,8 @@ def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
     [
         ({"dtype": "int3"}, UsageError, "dtype 'int3': expected auto"),
         ({"weights": "int3"}, UsageError, "weights 'int3': expected auto, bf16, fp8, int8 or int4"),
-        ({"weights": "fp8", "backend": "native"}, UsageError, "weights fp8: only the torch backend has them, on a GPU"),
-        ({"weights": "fp8", "cache": "int8"}, UsageError, "weights fp8: only the torch backend has them, on a GPU"),
+        ({"weights": "fp8", "backend": "native"}, UsageError, "weights fp8: only the torch backend's Triton kernels"),
+        ({"weights": "fp8", "cache": "int8"}, UsageError, "weights fp8: only the torch backend's Triton kernels"),
         ({"weights": "fp8", "device": "cpu"}, UsageError, "weights fp8: only Triton's kernels have it"),
         ({"cache": "int3"}, UsageError, "cache 'int3': expected auto, int8 or fp8"),
         ({"cache": "fp8", "backend": "native"}, UsageError, "cache fp8: only the torch backend has it; take int8"),
@@ -245,6 +268,9 @@ def test_it_computes_in_the_dtype_that_is_asked_for(folder, options, dtype):
         ({"max_len": 0}, UsageError, "max_len = 0"),
         ({"max_batch_tokens": -1}, UsageError, "max_batch_tokens = -1"),
         ({"max_sequences": 0}, UsageError, "max_sequences = 0"),
+        ({"max_len": 1.5}, UsageError, "max_len = 1.5: expected a whole number"),
+        ({"threads": True}, UsageError, "threads = True: expected a whole number"),
+        ({"device": torch.device("cpu")}, UsageError, "device = .*: expected a text"),
         ({"max_len": (1 << 31) - 1}, MemoryLimitError, "the longest context that fits is"),
     ],
 )
@@ -308,3 +334,43 @@ def test_progress_counts_tokens_up_to_all_there_can_be(folder):
     assert {total for _, total in steps} == {20 + 8 + 5 + 8}
     assert sorted(steps) == steps
     assert steps[-1] == (41, 41)
+
+
+def test_ctrl_c_at_any_line_of_the_engine_harms_no_other_stream(llm, model):
+    inside = str(Path(engine.__file__).parent)
+
+    def interrupted_at(line):
+        """Whether a Ctrl-C came; it is pressed at that line of all that the engine runs through."""
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            if not frame.f_code.co_filename.startswith(inside):
+                return None
+            if event == "line":
+                count += 1
+                if count == line:
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        other = llm.stream([1, 50, 60], GREEDY)
+        said = next(other).token_ids
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            with pytest.raises(KeyboardInterrupt) if line else nullcontext():
+                llm.generate([[1, 70, 71], "hello"], GREEDY)
+        finally:
+            sys.settrace(before)
+        for piece in islice(other, 100):
+            said = [*said, *piece.token_ids]
+        assert said == true_greedy(model, [1, 50, 60])
+        counters = llm.counters()
+        assert counters.running == counters.waiting == 0
+        assert all(pool.free + pool.cached == pool.total for pool in counters.pools)
+        return count
+
+    lines = interrupted_at(0)
+    assert lines > 500
+    for line in range(1, lines, lines // 60):
+        interrupted_at(line)

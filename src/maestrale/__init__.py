@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # type checkers read it as true; `typing` takes longer to import than the rest of the package
 if TYPE_CHECKING:
     from maestrale.llm import LLM, Completion
     from maestrale.sampling.params import SamplingParams

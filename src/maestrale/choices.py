@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from maestrale.checkpoint.packed_room import is_linear
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.config import ModelConfig
 from maestrale.engine.layout import longest_fit, sequence_bytes
-from maestrale.errors import UsageError, first_line
+from maestrale.errors import UsageError, first_line, shown
 from maestrale.memory import available_memory
 from maestrale.plan import tensor_plan
 
@@ -27,6 +27,7 @@ _WEIGHTS = ("auto", "bf16", "fp8", "int8", "int4")
 _CACHES = ("auto", "int8", "fp8")
 _BITS = {"f32": 32, "bf16": 16, "int8": 8, "int4": 4.5}  # of a weight, an int4 scale for each 32 included
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, either under WSL
+_RANKS = ("num_pipeline_ranks", "tensor_parallel", "expert_parallel")
 _MAX_RANKS = 1 << 16
 _MAX_CHUNK = {"cpu": 512, "cuda": 2048}  # tokens a step where nothing else is asked for
 _MAX_TIMEOUT = 86_400
@@ -58,6 +59,13 @@ class Options:
 
 def check_options(options: Options) -> None:
     """What can be refused before anything is opened."""
+    for name in ("dtype", "weights", "backend", "cache", "device"):
+        if not isinstance(value := getattr(options, name), str):
+            raise UsageError(f"{name} = {shown(value)}: expected a text")
+    for name in ("max_len", "max_batch_tokens", "max_sequences", "threads", *_RANKS):
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise UsageError(f"{name} = {shown(value)}: expected a whole number")
     read_dtype(options.dtype, "")
     for name, value, known in (
         ("weights", options.weights, _WEIGHTS),
@@ -65,7 +73,7 @@ def check_options(options: Options) -> None:
         ("cache", options.cache, _CACHES),
     ):
         _check_name(name, value, known)
-    for name in ("num_pipeline_ranks", "tensor_parallel", "expert_parallel"):
+    for name in _RANKS:
         ranks = getattr(options, name)
         if ranks is not None and not 0 < ranks <= _MAX_RANKS:
             raise UsageError(f"{name} = {ranks}: expected a whole number from 1 to {_MAX_RANKS}")
@@ -100,7 +108,7 @@ def choose_backend(options: Options) -> tuple[str, str]:
     fp8 = "fp8" in (options.weights, options.cache)
     if fp8 and (options.backend == "native" or quantized or not torch):
         weights, cache = (
-            "weights fp8: only the torch backend has them, on a GPU",
+            "weights fp8: only the torch backend's Triton kernels have them",
             "cache fp8: only the torch backend has it",
         )
         raise UsageError(f"{weights if options.weights == 'fp8' else cache}; take int8, or backend torch")
@@ -142,7 +150,7 @@ def choose_formats(options: Options, backend: str, checkpoint: Checkpoint) -> tu
 
 def _may_have_gpu() -> bool:
     """Whether it is worth asking torch, which takes a second to import: some driver has left its mark."""
-    return sys.platform == "win32" or any(map(os.path.exists, _GPU_DRIVERS))
+    return any(map(os.path.exists, _GPU_DRIVERS))
 
 
 def _torch_device(device: str) -> str:

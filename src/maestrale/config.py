@@ -1,7 +1,7 @@
 """What a model is: the numbers that its folder's params.json (or config.json) states.
 
 Names are params.json's; Hugging Face's are translated here and nowhere else. Defaults where the files are
-silent are rules N1 to N4 of docs/numerics.md.
+silent are rules N1 and N2 of docs/numerics.md.
 """
 
 from __future__ import annotations

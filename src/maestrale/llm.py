@@ -18,7 +18,8 @@ from maestrale.choices import Options
 from maestrale.config import ModelConfig
 from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
-from maestrale.errors import RequestError
+from maestrale.errors import RequestError, shown
+from maestrale.interrupts import held_back
 from maestrale.launch import launch
 from maestrale.sampling.constraint import read_constraint
 from maestrale.sampling.params import SamplingParams
@@ -37,13 +38,14 @@ class LLM:
     path: a native (params.json) or Hugging Face (config.json) folder; None is the bundled model.
     dtype: what it computes in: "auto" (as stored), "float32", "bfloat16", "float16".
     weights: of the linear layers: "auto" (as stored), "bf16", or "int8", "int4", quantized while they are loaded;
-        "fp8" likewise on a GPU.
+        "fp8" likewise by the Triton kernels (docs/gpu.md).
     device: "auto", "cpu", "cuda", "cuda:1" … backend: "auto" (torch on a GPU, else native), "native", "torch".
     max_len: longest prompt and completion together, in tokens; None takes the model's own, or what memory allows.
     max_batch_tokens: most tokens computed in one step, so also the longest chunk of a prompt.
     max_sequences: most sequences that run at once; others wait.
     num_pipeline_ranks, tensor_parallel, expert_parallel: under torchrun or mpirun, how the ranks divide the model;
         None is what the number of ranks leaves. On other ranks than 0 the call does not return.
+    ignore_unexpected: go on where the files hold tensors that the model has no place for, else a CheckpointError.
     distributed_timeout: seconds after which a rank that should have answered counts as hanging.
     adapters: name → folder of a LoRA adapter, PEFT's or native; a request names the one it goes through, and requests
     of several run in one batch.
@@ -105,7 +107,9 @@ class LLM:
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
-        self._news: dict[Request, deque[tuple[Request, Completion]]] = {}  # where whose pieces are put
+        self._news: dict[
+            Request, deque[tuple[Request, Completion]]
+        ] = {}  # each request's queue of pieces; one for all of a run
 
     @property
     def config(self) -> ModelConfig:
@@ -186,7 +190,10 @@ class LLM:
         cut off (finish_reason "length"). tool_choice: "auto", "none", "required", or {"type": "function", "function":
         {"name": …}}. adapter: the name of the one to go through.
         """
-        ids, params = self.tokenizer.encode_chat(messages, tools), params or SamplingParams()
+        params = params or SamplingParams()
+        if params.n > 1:
+            raise RequestError(f"n = {params.n}: a chat has one answer: expected 1", "n")
+        ids = self.tokenizer.encode_chat(messages, tools)
         if tools or tool_choice:
             content = read_constraint(params.constraint)
             constraint = self.tokenizer.tool_constraint(tools, tool_choice, parallel_tool_calls, content)
@@ -272,6 +279,9 @@ class LLM:
         reply: bool = False,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
+        for prompt in prompts:
+            if not isinstance(prompt, (Sequence, np.ndarray)):
+                raise RequestError(f"prompts: expected texts or lists of token ids, got {shown(prompt)}", "prompts")
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(adapters) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts and {len(adapters)} adapters: expected one for each", "adapter")
@@ -279,11 +289,12 @@ class LLM:
         try:
             for prompt, asked, name in zip(prompts, params, adapters, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                requests.append(
-                    self._engine.submit(
-                        ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
+                with held_back():
+                    requests.append(
+                        self._engine.submit(
+                            ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
+                        )
                     )
-                )
         except BaseException:
             self._abort(requests)
             raise
@@ -292,7 +303,8 @@ class LLM:
     def _run(
         self, requests: list[Request], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> Iterator[tuple[Request, Completion]]:
-        """Steps until all of `requests` have ended; however it is left, none of them stays in the engine.
+        """Steps until all of `requests` have ended; however it is left, none of them stays in the engine. Ctrl-C waits
+        for the end of a step; a second one breaks it off.
 
         Several of these may run in turns (two streams read alternately): a step's news go to whom they belong.
         """
@@ -315,8 +327,9 @@ class LLM:
                     told = time.monotonic()
                 if not unfinished:
                     return
-                for request, piece in self._engine.step():
-                    self._news[request].append((request, piece))
+                with held_back():
+                    for request, piece in self._engine.step():
+                        self._news[request].append((request, piece))
                 if not news:
                     yield requests[0], Completion()  # a chunk of a prompt: nothing new, but a moment to stop at
         finally:
@@ -325,8 +338,9 @@ class LLM:
                 del self._news[request]
 
     def _abort(self, requests: list[Request]) -> None:
-        for request in requests:
-            self._engine.abort(request)
+        with held_back():
+            for request in requests:
+                self._engine.abort(request)
 
 
 def _pair(

@@ -42,7 +42,7 @@ def peak_memory() -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        import resource  # which Windows does not have
+        import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))  # not its launcher's

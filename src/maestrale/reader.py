@@ -34,20 +34,20 @@ class Reader:
             if (width := self._weight_KD.shape[1]) != self._llm.config.dim:
                 raise CheckpointError(f"{path}: {WEIGHTS}: expected rows of dim = {self._llm.config.dim}, got {width}")
 
-    def embed(self, texts: Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
+    def embed(self, texts: str | Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
         """The mean over each text's tokens, begin-of-text included, of what the output layer would read: fp32 [dim].
 
         A token sees those before it and none after: these are embeddings of a causal model.
         """
         return self._vectors(texts, last=False)
 
-    def scores(self, texts: Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
+    def scores(self, texts: str | Sequence[str | Sequence[int]]) -> list[NDArray[np.float32]]:
         """Float32 [classes] for each text, from its last token, before any softmax; in the order of `labels`."""
         if not self.labels:
             raise RequestError("this model was opened for embeddings: open it with classes=True", "texts")
         return [self._weight_KD @ vector_D for vector_D in self._vectors(texts, last=True)]
 
-    def classify(self, texts: Sequence[str | Sequence[int]]) -> list[dict[str, float]]:
+    def classify(self, texts: str | Sequence[str | Sequence[int]]) -> list[dict[str, float]]:
         """For each text the probability of each label, the likeliest first."""
         found = []
         for scores in self.scores(texts):
@@ -56,7 +56,8 @@ class Reader:
             found.append(dict(sorted(shares, key=lambda share: -share[1])))
         return found
 
-    def _vectors(self, texts: Sequence[str | Sequence[int]], last: bool) -> list[NDArray[np.float32]]:
+    def _vectors(self, texts: str | Sequence[str | Sequence[int]], last: bool) -> list[NDArray[np.float32]]:
+        texts = [texts] if isinstance(texts, str) else texts  # one text is a list of one, as for LLM.generate
         ids = [self._llm.tokenizer.encode(text) if isinstance(text, str) else text for text in texts]
         *_, vectors = self._llm.embed(ids, last)
         return vectors or []

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 from sentencepiece import SentencePieceProcessor
 
+from maestrale.checkpoint.classifier import write_classifier
 from maestrale.checkpoint.convert import convert
 from maestrale.checkpoint.gguf_vocab import from_file, from_gguf, to_file
 from maestrale.checkpoint.gguf_writer import convert_to_gguf
@@ -208,6 +209,11 @@ def test_models_that_the_format_has_no_words_for_are_refused(tmp_path, native_fo
         convert_to_gguf(mixed, tmp_path / "x.gguf")
     with refused(CheckpointError, 3, "no tokenizer"):
         convert_to_gguf(native_folder(name="bare"), tmp_path / "x.gguf")
+    classifier = native_folder(name="classifier")
+    write_classifier(classifier, ["no", "yes"], np.ones((2, 64), np.float32))
+    with refused(UsageError, 2, "a classifier, and GGUF has no words for its classes"):
+        convert_to_gguf(classifier, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_weights_with_nan_are_named_and_nothing_is_written(tmp_path, native_folder, params, refused):

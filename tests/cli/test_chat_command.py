@@ -15,7 +15,7 @@ from maestrale.cli.conversation import Chat
 from maestrale.cli.reading import is_open, unfenced
 from maestrale.cli.session import Session
 from maestrale.cli.strip import colour, strip
-from maestrale.cli.writing import finished, harmless, write_markdown
+from maestrale.cli.writing import finished, for_output, harmless, write_markdown
 from maestrale.llm import LLM
 from maestrale.sampling.params import SamplingParams
 
@@ -280,8 +280,12 @@ def test_markdown_is_written_once_and_whole(capsys):
     assert shown == ["Wind", "some bold words", "• a", "• b"]
 
 
-def test_control_characters_cannot_drive_the_terminal():
-    assert harmless("a\x1b]0;title\x07b\r\n\tc\x9b2J\x7f é") == "a\ufffd]0;title\ufffdb\n\tc\ufffd2J\ufffd é"
+def test_control_characters_cannot_drive_the_terminal(monkeypatch):
+    driving, still = "a\x1b]0;title\x07b\r\n\tc\x9b2J\x7f é", "a\ufffd]0;title\ufffdb\n\tc\ufffd2J\ufffd é"
+    assert harmless(driving) == still
+    for terminal, shown in ((True, still), (False, driving)):
+        monkeypatch.setattr("sys.stdout.isatty", lambda terminal=terminal: terminal)
+        assert for_output(driving) == shown
 
 
 def test_a_strip_has_a_column_for_each_token_and_a_row_for_each_layer():

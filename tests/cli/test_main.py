@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from maestrale import cli
 from maestrale.errors import DiskError, MaestraleError, MemoryLimitError
 from maestrale.native_backend.kernels import missing
 
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ENDLESS = ("--max-len", 10**6, "--max-tokens", 10**5, "--ignore-eos", "-p", "A")
 
 HELP = """
@@ -38,22 +41,26 @@ def test_help_is_quick_and_imports_nothing_heavy():
 
 FIRST_TOKEN = """
 import sys
-sys.argv = ["maestrale", "generate", "-p", "Once", "--max-tokens", "1", "--backend", "native"]
+sys.argv = "maestrale generate -p Once --max-tokens 1 --backend native --threads 1".split()
 from maestrale.cli import main
 try:
     main()
 except SystemExit:
     print(*sys.modules)
+    import psutil
+    print(psutil.Process().num_threads())
 """
 
 
 @pytest.mark.skipif(missing() is not None, reason="no kernels here")
-def test_nothing_that_takes_long_to_import_stands_before_the_first_token():
+def test_nothing_that_takes_long_to_import_and_no_idle_thread_stands_before_the_first_token():
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.endswith("_NUM_THREADS")}
     run = subprocess.run(
-        [sys.executable, "-c", FIRST_TOKEN], env=ENVIRONMENT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", FIRST_TOKEN], env=environment, capture_output=True, text=True, check=True
     )
-    first, loaded = run.stdout.splitlines()
+    first, loaded, threads = run.stdout.splitlines()
     assert first.startswith("Once")
+    assert threads == "1"  # numpy's BLAS has started none of its own
     heavy = {"torch", "mistral_common", "pydantic", "tokenizers", "tiktoken", "typer", "rich", "safetensors"}
     heavy |= {"numpy.random", "hashlib", "maestrale.checkpoint.adapter", "maestrale.cli.chat"}
     assert not heavy & set(loaded.split())
@@ -151,6 +158,35 @@ def test_a_signal_ends_a_run_in_silence(spawn, models, number, code):
     assert (process.returncode, err) == (code, "")
 
 
+INTERRUPT = "os.kill(os.getpid(), signal.SIGINT)"
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_ctrl_c_while_the_command_line_is_imported_is_130_without_a_word(tmp_path, way):
+    (tmp_path / "click.py").write_text(f"import os, signal\n{INTERRUPT}\nfrom typing import NoSuchName\n")
+    module, function = PYPROJECT["project"]["scripts"]["maestrale"].split(":")
+    script = ["-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    run = subprocess.run(
+        [sys.executable, *(["-m", "maestrale"] if way == "module" else script), "--version"],
+        env=ENVIRONMENT | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 130), (signal.SIG_IGN, 0)])
+def test_ctrl_c_while_the_interpreter_ends_is_130_without_a_word_unless_it_is_ignored(spawn, tmp_path, handler, code):
+    (tmp_path / "sitecustomize.py").write_text(f"import atexit, os, signal\natexit.register(lambda: {INTERRUPT})\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    process = spawn(
+        "--version", env=ENVIRONMENT | {"PYTHONPATH": path}, preexec_fn=lambda: signal.signal(signal.SIGINT, handler)
+    )
+    assert process.communicate(timeout=20) == (f"maestrale {maestrale.__version__}\n", "")
+    assert process.returncode == code
+
+
 def test_a_reader_that_goes_away_is_no_error(spawn, models):
     process = spawn("generate", models["windowed"], *ENDLESS)
     assert process.stdout.read(1) == "A"
@@ -160,14 +196,24 @@ def test_a_reader_that_goes_away_is_no_error(spawn, models):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize("args", [["inspect"], ["--help"], ["inspect", "--help"], ["--version"]])
-def test_a_full_disk_is_code_5(spawn, args):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["inspect", "--help"],
+        ["inspect"],
+        ["generate", "-p", "A", "--max-tokens", "1"],
+        ["generate", "-p", "A" * 9000, "--max-tokens", "1", "--json", "--max-len", "9100"],  # more than a buffer
+    ],
+)
+def test_a_full_disk_under_standard_output_is_told_with_code_5(spawn, models, args, unbuffered):
+    model = [] if "--help" in args or "--version" in args else [models["dense"]]
     with open("/dev/full", "w") as full:
-        process = spawn(*args, stdout=full)
-        _, err = process.communicate(timeout=20)
-    assert process.returncode == 5
-    assert err.startswith("maestrale: ")
-    assert err.count("\n") == 1
+        process = spawn(*args, *model, stdout=full, env=ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered})
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (5, "maestrale: standard output: No space left on device\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

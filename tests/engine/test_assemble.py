@@ -11,7 +11,7 @@ from maestrale.sampling.params import SamplingParams
 
 
 def test_sequences_lie_end_to_end_with_their_own_positions_and_tables():
-    # The worked case of docs/numerics.md: 5, 7 and 2 new tokens at positions 0, 1 and 3.
+    # A worked case: 5, 7 and 2 new tokens at positions 0, 1 and 3.
     pages = Pages(make_layout(page_size=1, windows=(None, 3), max_chunk=16, max_len=20, pages=40))
     schedule, wanted = Schedule(), [range(4, 5), range(8, 8), range(3, 5)]
     for computed, count in ((0, 5), (1, 7), (3, 2)):

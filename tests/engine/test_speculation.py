@@ -43,6 +43,12 @@ def test_a_text_may_be_read_as_it_grows():
         assert growing.draft(text[:end], 4) == LookUp().draft(text[:end], 4)
 
 
+def test_a_long_text_is_read_in_parts_and_drafted_from_when_all_is_read():
+    text = [*range(3000), 5, 6, 7]
+    lookup = LookUp()
+    assert [lookup.draft(text, 4) for _ in range(3)] == [[], [], [8, 9, 10, 11]]
+
+
 def test_drafts_grow_while_they_are_right_and_rest_when_they_are_wrong():
     lookup, text, lengths = LookUp(), [1, 2, 3] * 20, []
     for right in (True, True, True, False):

@@ -219,6 +219,12 @@ def test_an_impossible_chat_is_refused_and_named(messages, ours):
     assert "\n" not in str(error.value)
 
 
+def test_a_long_wrong_value_is_cut_where_it_is_told(ours):
+    with pytest.raises(RequestError) as error:
+        ours("v3").encode_chat([say("x" * 100_000, "one")])
+    assert len(str(error.value)) < 300
+
+
 @pytest.mark.parametrize(
     "tools",
     [

@@ -20,8 +20,8 @@ from tiny import MIXTURE, WINDOWED, make_folder, write_tekken
 from maestrale.errors import UsageError
 from maestrale.torch_backend.train.finetune import finetune
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.losses import read_log
 from maestrale.torch_backend.train.parallel import ranks_of_torchrun
-from maestrale.torch_backend.train.report import read_log
 
 # Every run interrupts itself, on one rank alone, in the step that it is told. All settings one after another: starting
 # ranks takes longer than their training.

@@ -25,7 +25,7 @@ from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.train import loop
 from maestrale.torch_backend.train.finetune import finetune
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings, read_finetune_settings
-from maestrale.torch_backend.train.report import read_log
+from maestrale.torch_backend.train.losses import read_log
 
 ANIMALS = ["fox", "wolf", "crow"]
 

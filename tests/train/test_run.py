@@ -17,7 +17,7 @@ from maestrale.errors import MaestraleError, UsageError
 from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import loop, run
-from maestrale.torch_backend.train.report import read_log
+from maestrale.torch_backend.train.losses import read_log
 from maestrale.torch_backend.train.run import train
 from maestrale.torch_backend.train.state import load_state
 

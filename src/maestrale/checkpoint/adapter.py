@@ -25,7 +25,7 @@ from maestrale.checkpoint.jsonfile import read_json
 from maestrale.checkpoint.safetensors_room import open_safetensors
 from maestrale.checkpoint.writer import atomic_folder, write_json, write_safetensors
 from maestrale.config import ModelConfig
-from maestrale.errors import CheckpointError, UsageError
+from maestrale.errors import CheckpointError, UsageError, shown
 from maestrale.plan import tensor_plan
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -180,7 +180,7 @@ class _NativeSettings:
             or type(scaling) not in (int, float)
             or not 0 < scaling <= peft_settings.LARGEST_SCALE
         ):
-            raise CheckpointError(f"{source}: lora = {settings!r:.80}: expected a rank and a scaling above 0")
+            raise CheckpointError(f"{source}: lora = {shown(settings)}: expected a rank and a scaling above 0")
         self._rank, self._scaling = rank, float(scaling)
 
     def module(self, name: str) -> str:

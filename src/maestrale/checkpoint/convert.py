@@ -8,6 +8,7 @@ from pathlib import Path
 
 from maestrale.checkpoint import hf, mistral
 from maestrale.checkpoint.adapter import Adapter, open_adapter
+from maestrale.checkpoint.classifier import copy_classifier
 from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import STORAGE, TORCH_NAMES, StoredTensor, byte_count, cast, is_finite, read_dtype
 from maestrale.checkpoint.reader import Checkpoint, open_checkpoint
@@ -29,7 +30,8 @@ def convert(
     progress: Progress | None = None,
     adapter: str | Path | None = None,
 ) -> None:
-    """Writes the model in folder `src` to folder `dst`, as "native" or "hf", with its tokenizer's files.
+    """Writes the model in folder `src` to folder `dst`, as "native" or "hf", with its tokenizer's files and a
+    classifier's.
 
     dtype: of all weights, as `read_dtype` reads it; "auto" keeps each tensor's own.
     adapter: the path of one to merge into the weights.
@@ -66,6 +68,7 @@ class _Conversion:
 
     def write(self, folder: Path) -> None:
         write_companions(self.source.folder, folder, self.total)
+        copy_classifier(self.source.folder, folder)
         if self.to == "native":
             write_json(folder / mistral.CONFIG, self.source.config.to_mistral())
             self._write_file(folder / mistral.WEIGHTS, list(self.shapes))

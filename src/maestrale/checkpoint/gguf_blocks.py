@@ -26,7 +26,7 @@ BLOCKS = {  # inputs of a block, its bytes
     "Q6_K": (256, 210),
 }
 PACKED = ("Q4_0", "Q4_1")  # int4 in groups of 32, symmetric and affine, hold exactly what these do
-_ROWS = 1 << 18  # blocks worked on at once, over bytes of a block: bounds the temporaries
+_CHUNK = 1 << 18  # bytes of blocks worked on at once: bounds the temporaries
 
 Bytes = NDArray[np.uint8]
 
@@ -40,7 +40,7 @@ def read_blocks(kind: str, blocks: Bytes) -> PackedWeight | NDArray[np.float32]:
         offsets = None if kind == "Q4_0" else _halves(blocks, 2)[..., 0].astype(np.float32)
         return pack_int4(codes, _halves(blocks, 0)[..., 0], offsets)
     values = np.empty((n, count * BLOCKS[kind][0]), np.float32)
-    step = max(1, _ROWS // (count * width))
+    step = max(1, _CHUNK // (count * width))
     for start in range(0, n, step):
         part = blocks[start : start + step]
         values[start : start + step] = _READERS[kind](part).reshape(len(part), -1)

@@ -101,9 +101,10 @@ def to_header(pieces: SentencePieces) -> dict[str, Any]:
 
 def to_file(pieces: SentencePieces) -> bytes:
     """A SentencePiece file that cuts text as these pieces say: by pairs, without a rewriting of characters."""
-    content = b""
-    for token, score, kind in zip(pieces.tokens, pieces.scores, pieces.types, strict=True):
-        content += _field(1, _field(1, token) + _float(2, score) + _number(3, kind))
+    content = b"".join(
+        _field(1, _field(1, token) + _float(2, score) + _number(3, kind))
+        for token, score, kind in zip(pieces.tokens, pieces.scores, pieces.types, strict=True)
+    )
     has_bytes = _BYTE in pieces.types
     trainer = _number(3, _BPE) + _number(4, len(pieces.tokens)) + _number(35, has_bytes) + _number(40, pieces.unk_id)
     trainer += _number(41, pieces.bos_id) + _number(42, pieces.eos_id) + _number(43, _NONE)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.checkpoint import gguf
+from maestrale.checkpoint.classifier import LABELS, is_classifier
 from maestrale.checkpoint.dtypes import STORAGE, StoredTensor, cast, is_finite
 from maestrale.checkpoint.folder import GGUF
 from maestrale.checkpoint.gguf_blocks import BLOCKS, q4_0_blocks, write_blocks
@@ -63,7 +64,8 @@ def convert_to_gguf(
     weights: of the linear layers, a key of `FORMATS`; embeddings and head are then Q8_0 at the least, norms and
     routers F32; a layer whose inputs are no multiple of 32 stays BF16. int4 weights in groups of 32 become Q4_0 as
     they are. progress(bytes done, bytes in all) is called after each tensor.
-    Errors: as `convert`; ConfigError for windows that differ between layers, which the format has no words for.
+    Errors: as `convert`; ConfigError for windows that differ between layers, UsageError for a classifier: the format
+    has no words for them.
     """
     if weights not in FORMATS:
         raise UsageError(f"weights {weights!r}: expected {', '.join(FORMATS)}")
@@ -139,6 +141,11 @@ def _header(source: Checkpoint, weights: str, tensors: list[_Tensor]) -> bytes:
     config = source.config
     if len(config.windows) > 1:
         raise ConfigError(f"{source.folder}: windows differ between layers, which GGUF has no words for")
+    if is_classifier(source.folder):
+        raise UsageError(
+            f"{source.folder}: a classifier, and GGUF has no words for its classes: convert it to native or hf, or "
+            f"move {LABELS} away to have the model without them"
+        )
     if config.windows[0]:
         warnings.warn(
             f"llama.cpp has no window in this architecture: beyond {config.windows[0]:,} tokens its text will differ",

@@ -12,7 +12,7 @@ import numpy as np
 
 from maestrale.checkpoint.hf import hf_name
 from maestrale.checkpoint.jsonfile import read_json
-from maestrale.errors import CheckpointError
+from maestrale.errors import CheckpointError, shown
 
 LARGEST_SCALE = float(np.finfo(np.float32).max)  # a scale is multiplied in float32
 _PREFIX = "base_model.model."
@@ -46,17 +46,19 @@ class PeftSettings:
             raise CheckpointError(f"{source}: peft_type = {kind!r}: expected LORA")
         for key, plain in _PLAIN.items():
             if (value := self.settings.get(key, plain)) not in (plain, None, [], {}):
-                raise CheckpointError(f"{source}: {key} = {value!r:.60}: expected {plain!r}, nothing else is supported")
+                raise CheckpointError(
+                    f"{source}: {key} = {shown(value)}: expected {plain!r}, nothing else is supported"
+                )
         if (start := self.settings.get("init_lora_weights", True)) not in _PLAIN_STARTS:
             raise CheckpointError(
-                f"{source}: init_lora_weights = {start!r:.60} changes the base model's weights: "
+                f"{source}: init_lora_weights = {shown(start)} changes the base model's weights: "
                 "convert the adapter to a plain one with peft first"
             )
         for key in ("rank_pattern", "alpha_pattern"):
             patterns = self.settings.get(key) or {}
             if not isinstance(patterns, dict) or not all(map(_is_harmless, patterns)):
                 raise CheckpointError(
-                    f"{source}: {key} = {patterns!r:.60}: expected modules (. and .* allowed) and numbers"
+                    f"{source}: {key} = {shown(patterns)}: expected modules (. and .* allowed) and numbers"
                 )
 
     def module(self, name: str) -> str:
@@ -65,14 +67,14 @@ class PeftSettings:
     def rank(self, name: str) -> int:
         rank = self._value("r", "rank_pattern", name)
         if type(rank) is not int or not 1 <= rank < 1 << 20:
-            raise CheckpointError(f"{self.source}: r = {rank!r:.60}: expected a whole number of at least 1")
+            raise CheckpointError(f"{self.source}: r = {shown(rank)}: expected a whole number of at least 1")
         return rank
 
     def scale(self, name: str) -> float:
         alpha, rank = self._value("lora_alpha", "alpha_pattern", name), self.rank(name)
         if type(alpha) not in (int, float) or not 0 < alpha <= LARGEST_SCALE:
             raise CheckpointError(
-                f"{self.source}: lora_alpha = {alpha!r:.60}: expected a number above 0 that float32 holds"
+                f"{self.source}: lora_alpha = {shown(alpha)}: expected a number above 0 that float32 holds"
             )
         return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 

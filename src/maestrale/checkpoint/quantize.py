@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maestrale.checkpoint import packed_room
+from maestrale.checkpoint.classifier import copy_classifier
 from maestrale.checkpoint.companions import write_companions
 from maestrale.checkpoint.dtypes import StoredTensor, byte_count, cast, is_finite
 from maestrale.checkpoint.packed import GROUPS, PackedWeight, part_layout
@@ -55,7 +56,7 @@ def quantize(
     ignore_unexpected: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the model in folder `src` as a packed folder `dst`, with its tokenizer's files.
+    """Writes the model in folder `src` as a packed folder `dst`, with its tokenizer's files and a classifier's.
 
     quantizer: `round_to_nearest`, or one that has read some text (torch_backend/gptq.py).
     progress(bytes done, bytes in all) is called after each stored tensor.
@@ -88,6 +89,7 @@ def _write(source: Checkpoint, folder: Path, recipe: Recipe, quantizer: Quantize
     entries = list(packed_room.aligned(entries))
     made = _tensors(source, names, formats, quantizer)
     write_companions(source.folder, folder, sum(byte_count(dtype, shape) for _, dtype, shape in entries))
+    copy_classifier(source.folder, folder)
     write_json(folder / packed_room.CONFIG, config.to_mistral())
     write_safetensors(
         folder / packed_room.WEIGHTS,

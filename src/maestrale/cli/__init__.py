@@ -33,6 +33,7 @@ VERBS = {  # where the function of each is
     "merge": "merge:merge",
     "train": "train:train",
     "finetune": "finetune:finetune",
+    "plot": "plot:plot",
     "classify": "embed:classify",
     "embed": "embed:embed",
     "bench": "bench:bench",
@@ -43,13 +44,15 @@ Exit codes: 0 done, 2 wrong usage, 3 bad model or data, 4 too little memory, 5 d
 
 
 def main() -> None:
-    """Entry point of `maestrale` and `python -m maestrale`."""
+    """Reads sys.argv, runs the verb, and leaves with its exit code."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open as long as the process)
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115 (the same)
     if isinstance(sys.stdout, io.TextIOWrapper):
+        if sys.stdout is sys.__stdout__:
+            sys.stdout = _named(sys.stdout)
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to end
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
@@ -66,7 +69,7 @@ def main() -> None:
     except (MaestraleError, OSError) as error:  # of an option's own check, or of a help screen that cannot be written
         if isinstance(error, OSError):
             _discard_unwritten(sys.stdout)
-        _complain(str(error))
+        _complain(_told(error))
         code = _exit_code(error)
     finally:
         _discard_unwritten(sys.stderr)  # a log that nobody reads any more
@@ -124,6 +127,8 @@ def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 def _guard(verb: Callable[[], None]) -> None:
     """Runs a verb: a mistake is one line and an exit code, Ctrl-C is 130, a closed pipe is silence."""
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # until here: __main__.py's
         verb()
         sys.stdout.flush()  # here, where an error can still be told
     except KeyboardInterrupt:
@@ -139,7 +144,7 @@ def _guard(verb: Callable[[], None]) -> None:
 
             traceback.print_exc()
         else:
-            _complain(str(error) or "out of memory")
+            _complain(_told(error))
         raise click.exceptions.Exit(_exit_code(error)) from None
 
 
@@ -149,9 +154,33 @@ def _exit_code(error: BaseException) -> int:
     return MemoryLimitError.exit_code if isinstance(error, MemoryError) else DiskError.exit_code
 
 
+def _told(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or "out of memory"
+
+
 def _complain(message: str) -> None:
     with suppress(OSError):  # nobody listens: the exit code still tells
         print(f"maestrale: {one_line(message)}", file=sys.stderr)
+
+
+class _Stdout(io.FileIO):
+    """Standard output, whose errors name it as those of an opened file do."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = "standard output"
+            raise
+
+
+def _named(stdout: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Python's standard output once more, over a `_Stdout`."""
+    raw, at_once = _Stdout(stdout.fileno(), "wb", closefd=False), stdout.write_through  # at once: python -u
+    buffer = raw if at_once else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, stdout.encoding, line_buffering=stdout.line_buffering, write_through=at_once)
 
 
 def _discard_unwritten(stream: TextIO) -> None:

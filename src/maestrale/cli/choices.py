@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maestrale.errors import DataError, RequestError
+from maestrale.errors import DataError, RequestError, shown
 from maestrale.text.vocabulary import require_text
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def _question(row: Row, keys: Sequence[str]) -> Question:
         raise RequestError(row.cause)
     query, choices, gold = (row.value.get(key) for key in keys)
     if not isinstance(choices, list) or len(choices) < 2:
-        raise RequestError(f"{keys[1]}: expected a list of two texts or more, got {choices!r:.40}")
+        raise RequestError(f"{keys[1]}: expected a list of two texts or more, got {shown(choices)}")
     texts = tuple(require_text(choice, keys[1]) for choice in choices)
     if not all(texts):
         raise RequestError(f"{keys[1]}: an empty text is no choice")
     if type(gold) is not int or not 0 <= gold < len(texts):
-        raise RequestError(f"{keys[2]} = {gold!r:.40}: expected a whole number from 0 to {len(texts) - 1}")
+        raise RequestError(f"{keys[2]} = {shown(gold)}: expected a whole number from 0 to {len(texts) - 1}")
     return Question(row.line, require_text(query, keys[0]), texts, gold)
 
 
@@ -86,7 +86,7 @@ def segments(llm: LLM, path: Path, questions: Sequence[Question], delimiter: str
             if len(ids) > llm.max_len:
                 raise DataError(f"{path}:{question.line}: {len(ids)} tokens, over the {llm.max_len} read in one go")
             if len(ids) <= given:
-                raise DataError(f"{path}:{question.line}: choice {choice!r:.40} adds no token to the query")
+                raise DataError(f"{path}:{question.line}: choice {shown(choice)} adds no token to the query")
             found.append(Segment(ids, given))
     return found
 

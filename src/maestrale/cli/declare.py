@@ -68,9 +68,9 @@ class Argument:
         self.help, self.metavar = help, metavar
 
     def parameter(self, name: str, kind: Any, default: Any) -> click.Parameter:
-        kind, _ = _plain(kind)
-        optional = default is not MISSING
-        made = _HelpedArgument([name], type=_TYPES[kind], required=not optional, metavar=self.metavar)
+        kind, several = _plain(kind)
+        optional, count = default is not MISSING, -1 if several else 1
+        made = _HelpedArgument([name], type=_TYPES[kind], required=not optional, nargs=count, metavar=self.metavar)
         made.text = self.help
         return made
 

@@ -7,6 +7,7 @@ import time
 
 from maestrale.cli import options as opt
 from maestrale.cli.generate import SEPARATOR
+from maestrale.cli.writing import for_output, harmless
 
 PROMPTS = (
     "This is a test",
@@ -45,12 +46,13 @@ def demo(
             for piece in pieces:
                 texts[piece.index] += piece.text
                 tokens += len(piece.token_ids)
-                live.update(Group(*(Text(f"{text}\n{SEPARATOR}") for text in texts), Text(progress(), style="dim")))
+                shown = (Text(f"{harmless(text)}\n{SEPARATOR}") for text in texts)
+                live.update(Group(*shown, Text(progress(), style="dim")))
     else:
         for piece in pieces:
             texts[piece.index] += piece.text
             tokens += len(piece.token_ids)
     for text in texts:
-        print(text)
+        print(for_output(text))
         print(SEPARATOR)
     print(progress(), file=sys.stderr)

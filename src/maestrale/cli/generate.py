@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from maestrale.cli import options as opt
 from maestrale.cli.declare import Option
+from maestrale.cli.writing import for_output
 from maestrale.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def generate(
     if len(texts) == 1 and n == 1 and not json:
         before = texts[0]  # shown with the first piece: a prompt that is refused is not shown
         for piece in llm.stream(texts[0], params, adapter=name):
-            print(before + piece.text, end="", flush=True)
+            print(for_output(before + piece.text), end="", flush=True)
             before = ""
         print()
         return
@@ -94,7 +95,7 @@ def generate(
         if json:
             print(jsonlib.dumps(as_json(texts[i // n], completion), ensure_ascii=False))
         else:
-            print(texts[i // n] + completion.text)
+            print(for_output(texts[i // n] + completion.text))
             print(SEPARATOR)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class Running:
         "auto"
     )
     weights: Annotated[
-        str, Option(help="auto (as stored), bf16, int8, int4 or, on a GPU, fp8 (quantized while loading).", group=MODEL)
+        str, Option(help="auto (as stored), bf16; quantized while loading: int8, int4, fp8 (Triton).", group=MODEL)
     ] = "auto"
     cache: Cache = "auto"
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:1 …", group=MODEL)] = "auto"
@@ -62,6 +63,8 @@ class Running:
 
     def open(self, path: Path | None, **others: Any) -> LLM:
         """The model, with a line of progress on the terminal while it loads. others: more arguments of `LLM`."""
+        # numpy's own threads, which no model needs, would spin on the cores that import and load the rest.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         from maestrale.llm import LLM
 
         with progress_line("loading") as progress:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from maestrale.cli.commands import COMMANDS, run_command
 from maestrale.cli.reading import lines
 from maestrale.cli.writing import write_markdown, write_plain
 from maestrale.errors import MaestraleError, RequestError, one_line
+from maestrale.interrupts import noted
 
 if TYPE_CHECKING:
     from maestrale.cli.conversation import Conversation
@@ -118,7 +117,7 @@ class Session:
             params = replace(params, seed=params.seed + self.retries)  # a retry is another draw, and repeatable too
         stream = self.llm.stream(ids, params, reply=self.conversation.replies, adapter=self.adapter)
         started = None
-        with _interruptible() as interrupted:
+        with noted() as interrupted:
             for piece in stream:
                 started = started or (time.perf_counter() if piece.token_ids else None)
                 said.text += piece.text
@@ -143,22 +142,3 @@ def _no_echo() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within, a first Ctrl-C is noted, to be asked for between two tokens: an exception in the middle of a step
-    would leave the cache's books half written. A second one ends the program."""
-    noted = False
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal noted
-        noted = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -22,6 +22,11 @@ def harmless(text: str) -> str:
     return text.translate(_HARMLESS)
 
 
+def for_output(text: str) -> str:
+    """`text` as it is where a file or a program reads it; on a terminal, harmless."""
+    return harmless(text) if sys.stdout.isatty() else text
+
+
 def write_plain(texts: Iterable[str]) -> None:
     """Each piece at once, then a line end. On a terminal words are not broken at the margin."""
     for text in _wrapped(texts, shutil.get_terminal_size().columns) if sys.stdout.isatty() else texts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _GRAMS = (8, 3)  # so many tokens must have been said before; the longer count first, since they mislead less
+_READ = 1024  # tokens of a long prompt that are read in a step, about 1 ms: all others wait meanwhile
 _FIRST, _LONGEST = 4, 15  # tokens of a draft, at first and at most
 _PAUSE, _LONGEST_PAUSE = 4, 64  # steps without a draft after one that was all wrong; doubled each time
 
@@ -22,11 +23,14 @@ class LookUp:
         if self._resting:
             self._resting -= 1
             return []
-        for place in range(self._read, len(tokens)):
+        end = min(len(tokens), self._read + _READ)
+        for place in range(self._read, end):
             for gram in _GRAMS:
                 if place >= gram:
                     self._followed[tuple(tokens[place - gram : place])] = place
-        self._read = len(tokens)
+        self._read = end
+        if end < len(tokens):
+            return []
         places = (self._followed.get(tuple(tokens[-gram:])) for gram in _GRAMS)
         last = next((place for place in places if place is not None), None)
         if last is None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maestrale.errors import RequestError, first_line
+from maestrale.errors import RequestError, first_line, shown
 
 MAX_LENGTH = 100_000  # characters of a schema, regex or grammar: compiling takes up to a second for so many
 KINDS = ("json_object", "json_schema", "regex", "grammar")
@@ -22,7 +21,8 @@ class Constraint:
         "grammar" (a Lark grammar in the dialect of llguidance, its rule `start`), or None: any text.
     calls: Lark rules, one of them named `calls`, of tool calls that may follow any text, or come in place of a text
         of some kind. Empty: none may come. must_call: they must come, and there is no text.
-    param: the field of the request that an error names.
+    param: the field of the request that an error names; text_param: where calls stand beside a text of some kind, the
+        field that an error in that names.
     """
 
     kind: str | None
@@ -30,6 +30,7 @@ class Constraint:
     calls: str = ""
     must_call: bool = False
     param: str = "constraint"
+    text_param: str = "constraint"
 
 
 def read_constraint(value: Any, param: str = "constraint") -> Constraint | None:
@@ -39,15 +40,15 @@ def read_constraint(value: Any, param: str = "constraint") -> Constraint | None:
     if value is None or isinstance(value, Constraint):
         return value
     if not isinstance(value, Mapping) or len(value) != 1 or next(iter(value)) not in KINDS:
-        raise RequestError(f"{param} = {reprlib.repr(value)}: expected one of {', '.join(KINDS)} with its value", param)
+        raise RequestError(f"{param} = {shown(value)}: expected one of {', '.join(KINDS)} with its value", param)
     ((kind, words),) = value.items()
     if kind == "json_object":
         if words is not True:
-            raise RequestError(f"{param}: json_object = {reprlib.repr(words)}: expected true", param)
+            raise RequestError(f"{param}: json_object = {shown(words)}: expected true", param)
         return Constraint("json_schema", '{"type": "object"}', param=param)
     text = _schema(words, param) if kind == "json_schema" else words
     if not isinstance(text, str):
-        raise RequestError(f"{param}: {kind} = {reprlib.repr(text)}: expected text", param)
+        raise RequestError(f"{param}: {kind} = {shown(text)}: expected text", param)
     if len(text) > MAX_LENGTH:
         raise RequestError(f"{param}: {kind} of {len(text)} characters: expected at most {MAX_LENGTH}", param)
     try:
@@ -67,7 +68,7 @@ def _schema(words: Any, param: str) -> str:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{param}: json_schema: expected JSON: {first_line(error)}", param) from None
     if not isinstance(words, (Mapping, bool)):
-        raise RequestError(f"{param}: json_schema = {reprlib.repr(words)}: expected an object", param)
+        raise RequestError(f"{param}: json_schema = {shown(words)}: expected an object", param)
     try:
         return json.dumps(words, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -166,7 +166,7 @@ class Grammars:
 
         holds_text = constraint.kind is not None and not constraint.must_call
         if holds_text and (drops_space or constraint.calls):  # the text's own faults are told first, and as its own
-            param = "response_format" if constraint.calls else constraint.param
+            param = constraint.text_param if constraint.calls else constraint.param
             self._compile(Constraint(constraint.kind, constraint.text, param=param), False)
         grammar = json.dumps({"grammars": _grammars(constraint, drops_space)})
         limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False)

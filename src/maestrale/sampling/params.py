@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from maestrale.errors import RequestError
+from maestrale.errors import RequestError, shown
 from maestrale.sampling.constraint import Constraint, read_constraint
 
 MAX_STOPS = 16
@@ -97,7 +97,7 @@ class SamplingParams:
             object.__setattr__(self, name, _number(name, name, value, kind, low, high, name in _ABOVE_ZERO))
         for name in ("ignore_eos", "experts"):
             if not isinstance(getattr(self, name), bool):
-                raise RequestError(f"{name} = {_show(getattr(self, name))}: expected true or false", name)
+                raise RequestError(f"{name} = {shown(getattr(self, name))}: expected true or false", name)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.min_tokens > self.max_tokens:
@@ -115,7 +115,7 @@ class SamplingParams:
         for token in self.logit_bias or ():
             if not 0 <= token < vocab_size:
                 raise RequestError(
-                    f"logit_bias: token id {_show(token)} is outside the vocabulary, 0 to {vocab_size - 1}",
+                    f"logit_bias: token id {shown(token)} is outside the vocabulary, 0 to {vocab_size - 1}",
                     "logit_bias",
                 )
 
@@ -127,20 +127,20 @@ def _number(param: str, name: str, value: Any, kind: type, low: float, high: flo
     if not fits or (above_low and number == low):
         noun = "a whole number" if kind is int else "a number"
         interval = f"above {low} up to {high}" if above_low else f"from {low} to {high}"
-        raise RequestError(f"{name} = {_show(value)}: expected {noun} {interval}", param)
+        raise RequestError(f"{name} = {shown(value)}: expected {noun} {interval}", param)
     return number
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else () if stop is None else stop
     if not isinstance(stops, (list, tuple)):
-        raise RequestError(f"stop = {_show(stop)}: expected a string or a list of strings", "stop")
+        raise RequestError(f"stop = {shown(stop)}: expected a string or a list of strings", "stop")
     if len(stops) > MAX_STOPS:
         raise RequestError(f"stop has {len(stops)} strings: expected at most {MAX_STOPS}", "stop")
     for text in stops:
         if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
             raise RequestError(
-                f"stop holds {_show(text)}: expected strings of 1 to {MAX_STOP_LENGTH} characters", "stop"
+                f"stop holds {shown(text)}: expected strings of 1 to {MAX_STOP_LENGTH} characters", "stop"
             )
     return tuple(stops)
 
@@ -149,20 +149,12 @@ def _logit_bias(bias: Any) -> dict[int, float] | None:
     if bias is None:
         return None
     if not isinstance(bias, Mapping):
-        raise RequestError(f"logit_bias = {_show(bias)}: expected a mapping of token ids to numbers", "logit_bias")
+        raise RequestError(f"logit_bias = {shown(bias)}: expected a mapping of token ids to numbers", "logit_bias")
     checked = {}
     for token, value in bias.items():
         if isinstance(token, bool) or not isinstance(token, Integral):
-            raise RequestError(f"logit_bias has the key {_show(token)}: expected a token id", "logit_bias")
+            raise RequestError(f"logit_bias has the key {shown(token)}: expected a token id", "logit_bias")
         checked[int(token)] = _number(
-            "logit_bias", f"logit_bias[{_show(token)}]", value, float, -_BIAS_LIMIT, _BIAS_LIMIT
+            "logit_bias", f"logit_bias[{shown(token)}]", value, float, -_BIAS_LIMIT, _BIAS_LIMIT
         )
     return checked
-
-
-def _show(value: Any) -> str:
-    """A value for an error message, short however long the value is."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

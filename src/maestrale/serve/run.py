@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import resource
 import signal
 import socket
 import time
@@ -16,6 +15,7 @@ import uvicorn
 
 from maestrale.errors import SIGINT_EXIT, MaestraleError, UsageError
 from maestrale.llm import LLM
+from maestrale.memory import peak_memory
 from maestrale.serve import heap
 from maestrale.serve.app import make_app
 from maestrale.serve.context import Context
@@ -134,10 +134,10 @@ class _Server:
     def _greeting(self) -> str:
         host, port = self.listener.getsockname()[:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        memory = peak_memory() / 2**20
         keys = "" if self.settings.api_keys else ", no API key"
         return (
-            f"serving {self.settings.name} on {address}{keys} ({self.llm.description}; {memory:,.0f} MiB taken; "
+            f"serving {self.settings.name} on {address}{keys} ({self.llm.description}; {memory:,.0f} MiB at most; "
             f"longest context {self.llm.max_len:,} tokens)"
         )
 

@@ -1,7 +1,8 @@
 """The engine in a thread of its own: jobs go in as commands, pieces of text come out to the event loop.
 
-The event loop never waits for the engine, the engine never for a client. Two threads, two rules: `Job._requests` and
-the model belong to the engine's thread, with `Job.spoken`; everything else of a job belongs to the loop.
+The event loop never waits for the engine, the engine never for a client. Two threads, two rules: the engine's thread
+alone drives the model and writes `Job._requests`, `started` and `spoken`; the loop reads `started` at any time and
+`_requests` when the job has ended. Everything else of a job belongs to the loop.
 """
 
 from __future__ import annotations

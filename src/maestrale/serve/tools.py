@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from maestrale.errors import shown
 from maestrale.llm import Completion
 from maestrale.sampling.constraint import KINDS, Constraint, read_constraint
 from maestrale.sampling.params import SamplingParams
@@ -41,8 +41,8 @@ def read_format(response_format: Any) -> Constraint | None:
         return None
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind not in ("text", *KINDS):
-        shown = reprlib.repr(response_format)
-        raise bad_request(f"{name} = {shown}: expected an object of type text, {', '.join(KINDS)}", name)
+        got = shown(response_format)
+        raise bad_request(f"{name} = {got}: expected an object of type text, {', '.join(KINDS)}", name)
     if kind == "text":
         return None
     if kind == "json_object":
@@ -53,7 +53,7 @@ def read_format(response_format: Any) -> Constraint | None:
             raise bad_request(f'{name}.json_schema: expected {{"name": …, "schema": {{…}}}}', name)
         strict, words = words.get("strict"), words["schema"]
         if not isinstance(strict, bool | None):
-            raise bad_request(f"{name}.json_schema.strict = {reprlib.repr(strict)}: expected true or false", name)
+            raise bad_request(f"{name}.json_schema.strict = {shown(strict)}: expected true or false", name)
         if isinstance(words, Mapping):
             words = {**words, "x-guidance": {"lenient": not strict}}
     return read_constraint({kind: words}, name)

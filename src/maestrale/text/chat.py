@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from maestrale.errors import RequestError
+from maestrale.errors import RequestError, shown
 from maestrale.text.tools import short_id
 from maestrale.text.vocabulary import require_text
 
@@ -83,11 +83,13 @@ def _function(where: str, tool: Any) -> dict[str, Any]:
     name, description = function.get("name"), function.get("description")
     parameters, strict = function.get("parameters"), function.get("strict")
     if not isinstance(name, str) or not name:
-        raise RequestError(f"{where}.function.name: expected a name, got {name!r}", param="tools")
+        raise RequestError(f"{where}.function.name: expected a name, got {shown(name)}", param="tools")
     if not isinstance(parameters, Mapping | None):
-        raise RequestError(f"{where}.function.parameters: expected a JSON schema, got {parameters!r}", param="tools")
+        raise RequestError(
+            f"{where}.function.parameters: expected a JSON schema, got {shown(parameters)}", param="tools"
+        )
     if not isinstance(strict, bool | None):
-        raise RequestError(f"{where}.function.strict = {strict!r}: expected true or false", param="tools")
+        raise RequestError(f"{where}.function.strict = {shown(strict)}: expected true or false", param="tools")
     read = {"name": name, "description": "" if description is None else description, "parameters": parameters or {}}
     try:
         require_text(json.dumps(read, ensure_ascii=False, allow_nan=False), "tools")
@@ -104,7 +106,7 @@ def _turn(where: str, message: Any, calls: dict[str, Call]) -> Turn:
         raise _wrong(where, f"expected an object, got {type(message).__name__}")
     role = message.get("role")
     if role not in ROLES:
-        raise _wrong(where, f"role = {role!r}: expected one of {', '.join(ROLES)}")
+        raise _wrong(where, f"role = {shown(role)}: expected one of {', '.join(ROLES)}")
     content = message.get("content")
     if content is None and role in ("assistant", "tool"):
         content = ""
@@ -112,7 +114,7 @@ def _turn(where: str, message: Any, calls: dict[str, Call]) -> Turn:
     if role == "assistant":
         prefix = message.get("prefix", False)
         if not isinstance(prefix, bool | None):
-            raise _wrong(where, f"prefix = {prefix!r}: expected true or false")
+            raise _wrong(where, f"prefix = {shown(prefix)}: expected true or false")
         made = _calls(f"{where}.tool_calls", message.get("tool_calls"))
         calls.update({call.id: call for call in made})
         if made and prefix:
@@ -122,7 +124,7 @@ def _turn(where: str, message: Any, calls: dict[str, Call]) -> Turn:
         call_id = message.get("tool_call_id")
         call = calls.get(_short_id(call_id)) if isinstance(call_id, str) else None
         if call is None:
-            raise _wrong(where, f"tool_call_id = {call_id!r} answers no call of an assistant message before it")
+            raise _wrong(where, f"tool_call_id = {shown(call_id)} answers no call of an assistant message before it")
         return Turn(role, text, answers=call)
     return Turn("system" if role == "developer" else role, text)
 
@@ -133,7 +135,7 @@ def _weighed(where: str, turn: Turn, message: Mapping[str, Any]) -> Turn:
     if weight is None:
         return turn
     if type(weight) not in (int, float) or not 0 <= weight <= _MOST_WEIGHT:
-        raise _wrong(where, f"weight = {weight!r:.40}: expected a number from 0 to {_MOST_WEIGHT}")
+        raise _wrong(where, f"weight = {shown(weight)}: expected a number from 0 to {_MOST_WEIGHT}")
     if turn.role != "assistant":
         raise _wrong(where, "weight: only an assistant's message is learnt and can have one")
     return replace(turn, weight=float(weight))
@@ -148,7 +150,7 @@ def _text(where: str, content: Any) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(part.get("text"), str):
-            raise _wrong(where, f"a part of type {kind!r}: this model reads text only")
+            raise _wrong(where, f"a part of type {shown(kind)}: this model reads text only")
         texts.append(_checked(where, part["text"]))
     return "\n\n".join(text for text in texts if text)
 
@@ -167,7 +169,9 @@ def _calls(where: str, tool_calls: Any) -> list[Call]:
         if isinstance(arguments, Mapping):
             arguments = json.dumps(arguments, ensure_ascii=False)
         if not isinstance(call_id, str) or not isinstance(name, str) or not call_id or not name:
-            raise _wrong(f"{where}[{i}]", f"id = {call_id!r}, function.name = {name!r}: expected two texts, not empty")
+            raise _wrong(
+                f"{where}[{i}]", f"id = {shown(call_id)}, function.name = {shown(name)}: expected two texts, not empty"
+            )
         if not isinstance(arguments, str | None):
             raise _wrong(f"{where}[{i}]", f"function.arguments: expected a JSON text, got {type(arguments).__name__}")
         calls.append(Call(_short_id(call_id), _checked(where, name), _checked(where, arguments or "{}")))

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.checkpoint.jsonfile import parse_json
-from maestrale.errors import CheckpointError, DataError, RequestError, UsageError, first_line
+from maestrale.errors import CheckpointError, DataError, RequestError, UsageError, first_line, shown
 from maestrale.text.tokenizer import Tokenizer
 from maestrale.text.vocabulary import require_text
 
@@ -154,7 +154,7 @@ def read_labelled(row: Row, tokenizer: Tokenizer) -> Labelled:
     value = row.value
     label = value.get("label")
     if type(label) not in (str, int) or not str(label).strip():
-        raise RequestError(f"label = {label!r:.40}: expected a word or a whole number")
+        raise RequestError(f"label = {shown(label)}: expected a word or a whole number")
     if ("text" in value) == ("messages" in value):
         raise RequestError('expected either "text" or "messages"' + _keys(value))
     if "text" in value:
@@ -174,7 +174,7 @@ def _answered(line: int, prompt: Any, answer: Any, tools: Any, name: str, tokeni
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     for part, what in ((before, "prompt"), (after, name)):
         if not isinstance(part, list) or not part or not all(isinstance(message, Mapping) for message in part):
-            raise RequestError(f"{what}: expected a text or a list of messages, got {part!r:.40}")
+            raise RequestError(f"{what}: expected a text or a list of messages, got {shown(part)}")
     # What the prompt's own assistant said is given, not learnt.
     given = [dict(m) | {"weight": 0} if m.get("role") == "assistant" else m for m in before]
     ids, weights = tokenizer.encode_conversation([*given, *after], tools)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from maestrale.errors import RequestError
+from maestrale.errors import RequestError, shown
 from maestrale.sampling.constraint import Constraint
 from maestrale.text.stream import StreamDecoder
 from maestrale.text.vocabulary import Vocabulary
@@ -64,22 +63,18 @@ def tool_constraint(
     be, where there is text. RequestError that names tool_choice, parallel_tool_calls or tools.
     """
     if not isinstance(parallel, bool | None):
-        raise RequestError(
-            f"parallel_tool_calls = {reprlib.repr(parallel)}: expected true or false", "parallel_tool_calls"
-        )
+        raise RequestError(f"parallel_tool_calls = {shown(parallel)}: expected true or false", "parallel_tool_calls")
     named = _named(choice)
     if named is None and choice not in (None, "auto", "none", "required", "any"):
         raise RequestError(
-            f'tool_choice = {reprlib.repr(choice)}: expected auto, none, required or {{"type": "function", "function": '
+            f'tool_choice = {shown(choice)}: expected auto, none, required or {{"type": "function", "function": '
             '{"name": …}}',
             "tool_choice",
         )
     if named is not None:
         functions = [function for function in functions if function["name"] == named]
     if not functions and (named or choice in ("required", "any")):
-        raise RequestError(
-            f"tool_choice = {reprlib.repr(named or choice)}: no such function among the tools", "tool_choice"
-        )
+        raise RequestError(f"tool_choice = {shown(named or choice)}: no such function among the tools", "tool_choice")
     if not functions:
         return content
     require_tools(vocabulary)
@@ -90,7 +85,8 @@ def tool_constraint(
         raise RequestError(f"tools: {len(rules)} characters of schemas: expected at most {_MAX_RULES}", "tools")
     if named or choice in ("required", "any"):
         return Constraint(None, calls=rules, must_call=True, param="tools")
-    return Constraint(content.kind if content else None, content.text if content else "", rules, param="tools")
+    text = content or Constraint(None)
+    return Constraint(text.kind, text.text, rules, param="tools", text_param=text.param)
 
 
 def _named(choice: Any) -> str | None:
@@ -135,9 +131,7 @@ def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     schema = dict(function["parameters"] or {"additionalProperties": False})
     kinds = schema.get("type", "object")
     if "object" not in (kinds if isinstance(kinds, list) else [kinds]):
-        raise RequestError(
-            f"tools: {function['name']}: parameters of type {reprlib.repr(kinds)}: expected object", "tools"
-        )
+        raise RequestError(f"tools: {function['name']}: parameters of type {shown(kinds)}: expected object", "tools")
     spacing = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
     return schema | {"type": "object", "x-guidance": spacing | {"lenient": not function.get("strict")}}
 

@@ -24,10 +24,11 @@ from maestrale.errors import SIGINT_EXIT, SIGTERM_EXIT, DiskError, MaestraleErro
 from maestrale.memory import give_back_memory
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import step as steps
+from maestrale.torch_backend.train.losses import draw_losses
 from maestrale.torch_backend.train.objective import Objective
 from maestrale.torch_backend.train.packing import batch_rows
 from maestrale.torch_backend.train.parallel import Ranks
-from maestrale.torch_backend.train.report import Report, draw_losses
+from maestrale.torch_backend.train.report import Report
 from maestrale.torch_backend.train.settings import LoopSettings
 from maestrale.torch_backend.train.state import Progress, States
 
@@ -112,7 +113,7 @@ class Run:
     def draw(self) -> None:
         if self.ranks.first:
             with atomic_file(self.folder / "loss.png") as partial:
-                draw_losses(self.folder / "log.jsonl", partial)
+                draw_losses({"": self.folder / "log.jsonl"}, partial)
 
     def _loop(self, learning: _Learning, done: Progress, stopped: list[int]) -> float:
         """The steps from `done` to the last; seconds spent, those of earlier runs included. stopped: signals."""

@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, a log of JSON lines, a picture of the losses, a model card."""
+"""What a run tells: a progress bar or plain lines, a log of JSON lines, a model card."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from maestrale.errors import DiskError, UsageError
 from maestrale.torch_backend.train.finetune_settings import FinetuneSettings
+from maestrale.torch_backend.train.losses import read_log
 from maestrale.torch_backend.train.settings import LoopSettings, TrainSettings
 from maestrale.torch_backend.train.step import Step
 
@@ -123,34 +124,6 @@ def _open_board(folder: Path) -> Any:
     except ImportError:
         raise UsageError("tensorboard: true needs it installed: pip install 'maestrale[tensorboard]'") from None
     return SummaryWriter(str(folder))
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last one that a killed run left unfinished is no line."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def draw_losses(log: Path, picture: Path) -> None:
-    """Losses over steps, training and held-out, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = read_log(log)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    heldout = [(line["step"], line["heldout_nats_per_token"]) for line in lines if "heldout_nats_per_token" in line]
-    for points, label, style in ((trained, "training", "-"), (heldout, "held-out", "o-")):
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(picture, dpi=120, format="png")
 
 
 def model_card(settings: TrainSettings, result: Mapping[str, Any]) -> str:
