@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import torch
+from gpu_inputs import decode_batch, random_model
 from torch import nn
 from torch.nn.functional import linear, silu
 
 from maestrale.batch import Batch, CacheLayout
 from maestrale.checkpoint.packed import dequantize, pack_int4, pack_int8
 from maestrale.checkpoint.rounding import int4_codes, int8_codes
-from maestrale.config import ModelConfig
+from maestrale.config import ModelConfig, MoeConfig
 from maestrale.torch_backend.cache import PagedCache
 from maestrale.torch_backend.model import FeedForward, RMSNorm, rope, rope_turns
 from maestrale.torch_backend.moe import MixtureOfExperts
 from maestrale.torch_backend.ops import reference
 from maestrale.torch_backend.ops.groups import FP8, gather
+from maestrale.torch_backend.runner import TorchRunner
 from maestrale.torch_backend.triton.attention import attend
 from maestrale.torch_backend.triton.experts import experts, group
+from maestrale.torch_backend.triton.few import Weight, gated_product, product
 from maestrale.torch_backend.triton.packed import PackedLinear, from_packed, to_fp8
 from maestrale.torch_backend.triton.packed_experts import PackedStack
 from maestrale.torch_backend.triton.rows import norm, silu_product, turn_and_keep
+from maestrale.torch_backend.triton.runner import TritonRunner
 from maestrale.torch_backend.triton.tiles import deal
 
 Result = tuple[float, float]
@@ -142,6 +147,55 @@ def _packed(format: str, rows: int) -> Callable[[torch.device, bool], Result]:
     return check
 
 
+def _few(form: str, rows: int) -> Callable[[torch.device, bool], Result]:
+    """Products of a few rows: after RMSNorm and onto a residual, and gated."""
+
+    def check(device: torch.device, tiny: bool) -> Result:
+        n, k = (96, 128) if tiny else (4096, 14336) if rows == 1 else (28672, 4096)
+        dtype = _dtype(device)
+        if form == "whole":
+            values = torch.randn(n, k, dtype=dtype, device=device) * k**-0.5
+            weight: Weight = values
+        else:
+            plain = nn.Linear(k, n, bias=False, device=device, dtype=dtype).requires_grad_(False)
+            packed = to_fp8(plain.weight) if form == "fp8" else _int4(plain)
+            weight, values = packed, packed.unpack(dtype)
+        layer = RMSNorm(k, 1e-5).to(device, dtype).requires_grad_(False)
+        layer.weight.copy_(torch.rand(k) + 0.5)
+        x = torch.randn(rows, k, dtype=dtype, device=device)
+        residual = torch.randn(rows, n, dtype=dtype, device=device)
+        off = error(product(x, weight, layer.weight, 1e-5, residual), residual + linear(layer(x), values))
+        both = linear(layer(x), values)
+        gated = error(gated_product(x, weight, layer.weight, 1e-5), silu(both[:, : n // 2]) * both[:, n // 2 :])
+        return max(off, gated), _allowed(dtype) if device.type == "cuda" else 1e-3
+
+    return check
+
+
+def _step(size: int, experts: bool = False) -> Callable[[torch.device, bool], Result]:
+    """Two layers of a whole decode, captured and replayed several times, against torch's operations; of a mixture in
+    fp32, where no rounding makes a router choose another expert."""
+
+    def check(device: torch.device, tiny: bool) -> Result:
+        widths = (64, 2, 16, 96, 4, 2, 128) if tiny else (4096, 2, 128, 14336, 32, 8, 32000)
+        config = ModelConfig(*widths, 1e-5, 1e6, (None,) * 2, moe=MoeConfig(4, 2) if experts else None)
+        count, last = (min(size, 3), 20) if tiny else (size, 700)
+        ring = last // 16 + 1
+        layout = CacheLayout(16, last + 1, 8, (None,), (ring,), (ring * count,))
+        dtype = torch.float32 if experts else _dtype(device)
+        model = random_model(config, dtype, device)
+        plain = TorchRunner(model, layout)
+        plain.cache.pools[0].normal_()
+        batch = replace(decode_batch(config, layout, count, last), draws=None)
+        expected = torch.from_numpy(np.array(plain.step(batch).logits))
+        ours = TritonRunner(model, layout)
+        ours.cache.pools[0].copy_(plain.cache.pools[0])
+        got = [torch.from_numpy(np.array(ours.step(batch).logits)) for _ in range(1 if tiny else 20)]
+        return max(error(logits, expected) for logits in got), 2**-5 if dtype == torch.bfloat16 else 1e-3
+
+    return check
+
+
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference beside the largest value of its row: a row of small values is held to them. NaN is inf."""
     got, expected = got.float().flatten(1), expected.float().flatten(1)
@@ -162,6 +216,14 @@ CHECKS: dict[str, Callable[[torch.device, bool], Result]] = {
     "experts in int4, 1 token": _experts(1, packed=True),
     "experts in int4, 64 tokens": _experts(64, packed=True),
     "experts in int4, 2,000 tokens": _experts(2000, packed=True),
+    **{
+        f"{form} product, {rows} of a few rows": _few(form, rows)
+        for form in ("whole", "fp8", "int4")
+        for rows in (1, 4)
+    },
+    **{f"a whole step, {size} decodes": _step(size) for size in (1, 4, 64)},
+    "a whole step of a mixture, 1 decode": _step(1, experts=True),
+    "a whole step of a mixture, 64 decodes": _step(64, experts=True),
     "norm with residual": _norm,
     "rope and cache write": _rope,
     "rope and fp8 cache write": partial(_rope, fp8=True),

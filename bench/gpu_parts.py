@@ -1,6 +1,7 @@
 """The parts of bench/gpu.py that run in this process: checks, ceilings, decoding, pre-fill, windows, bundled models.
 
-A limit is the larger of bytes / read rate and operations / product rate, both as measured here.
+A limit is the larger of bytes / read rate and operations / product rate, both as measured here; a decode's is that of
+its products and that of its attention together, since in every layer one waits for the other.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from gpu_checks import CHECKS
 from gpu_inputs import chunk_batch, decode_batch, mixed, random_int4, random_model
 from gpu_report import Report
 
-from maestrale.batch import CacheLayout, Runner
+from maestrale.batch import Asynchronous, CacheLayout, Runner
 from maestrale.checkpoint.packed_room import is_linear
 from maestrale.cli.limits import prefill_operations, step_bytes
 from maestrale.config import ModelConfig, MoeConfig
 from maestrale.engine.engine import Engine
 from maestrale.engine.layout import make_layout
-from maestrale.plan import tensor_plan
+from maestrale.plan import cache_bytes, tensor_plan
 from maestrale.sampling.params import SamplingParams
 from maestrale.torch_backend.cache import PagedCache
 from maestrale.torch_backend.model import Transformer
@@ -86,10 +87,12 @@ class Bench:
         size = 1 << 20 if self.tiny else 4 << 30
         source = torch.empty(size, dtype=torch.uint8, device=self.device).fill_(1)
         target = torch.empty_like(source)
-        self.report.add("copy, read and written", 2 * size / self.seconds(lambda: target.copy_(source)) / 1e9, "GB/s")
+        copied = 2 * size / self.seconds(lambda: target.copy_(source))
+        self.report.add("copy, read and written", copied / 1e9, "GB/s")
         words = source.view(torch.float32)
-        self.read_rate = max(size / self.seconds(work) for work in (lambda: words.sum(), lambda: words.amax()))
-        self.report.add("read, the best of sum and max", self.read_rate / 1e9, "GB/s")
+        read = max(size / self.seconds(work) for work in (lambda: words.sum(), lambda: words.amax()))
+        self.report.add("read, the best of sum and max", read / 1e9, "GB/s")
+        self.read_rate = max(copied, read)
         n = 128 if self.tiny else 8192
         a, b = (torch.randn(n, n, dtype=self.dtype, device=self.device) for _ in range(2))
         self.product_rate = 2 * n**3 / self.seconds(lambda: a @ b)
@@ -110,7 +113,7 @@ class Bench:
     def decode(
         self,
         name: str,
-        runner: Runner,
+        runner: Asynchronous,
         config: ModelConfig,
         size: int,
         least: float | None = None,
@@ -120,15 +123,26 @@ class Bench:
         """A step of `size` sequences with `context` tokens each in the cache: tokens a second. bits: of a linear
         layer's weight, cache: bytes of a number in it, where they are not the model's dtype's."""
         batch = decode_batch(config, runner.layout, size, self.context)
-        seconds = self.seconds(lambda: runner.step(batch))
+        count = 2 if self.tiny else 8
+
+        def several() -> None:
+            waiting = runner.begin(batch)
+            for _ in range(count - 1):
+                following = runner.begin(batch)  # while the one before runs, as the engine does
+                waiting()
+                waiting = following
+            waiting()
+
+        seconds = self.seconds(several) / count
         sizes = {
             name: tensor.size * (bits / 8 if bits and is_linear(name) else self.element)
             for name, tensor in tensor_plan(config).items()
         }
-        read = step_bytes(config, size, self.context, cache or self.element, sizes) / self.read_rate
-        attended = 4 * size * self.context * config.n_heads * config.head_dim * config.n_layers
-        operations = (prefill_operations(config, 1) * size + attended) / self.product_rate
-        limit = size / max(read, operations)
+        weights = step_bytes(config, size, 0, 0, sizes) / self.read_rate
+        products = max(weights, prefill_operations(config, 1) * size / self.product_rate)
+        attended = 4 * size * self.context * config.n_heads * config.head_dim * config.n_layers / self.product_rate
+        kept = size * cache_bytes(config, self.context, cache or self.element) / self.read_rate
+        limit = size / (products + max(kept, attended))
         self.report.add(f"{name}: decode, {size} at {self.context}", size / seconds, "tokens/s", limit, least)
         return size / seconds
 
@@ -155,7 +169,7 @@ class Bench:
         """Decoding by torch's operations and by these kernels, the engine; pre-fill, or of a mixture int4."""
         model = random_model(config, self.dtype, self.device)
         layout = self.layout(config, self.context + 128, sizes[-1], 8 if self.tiny else 2048)
-        runner: Runner = TorchRunner(model, layout)
+        runner: Asynchronous = TorchRunner(model, layout)
         for size in sizes[:2]:
             self.decode(f"{name}, torch's kernels", runner, config, size)
         del runner

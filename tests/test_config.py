@@ -164,6 +164,10 @@ def test_hf_models_of_other_kinds_are_refused(values):
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "only rope_type 'default'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "only rope_type 'default'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4}},
+            "rope_scaling = .*only rope_type 'default'",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
         ({"layer_types": ["full_attention"]}, "layer_types must be a list of 32"),
         ({"layer_types": ["chunked_attention"] * 32}, "layer_types holds 'chunked_attention'"),

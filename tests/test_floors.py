@@ -9,7 +9,7 @@ import pytest
 import maestrale
 
 ROOT = Path(maestrale.__file__).parent
-F0 = ("errors", "values", "config", "plan", "mesh", "batch", "memory", "interrupts")
+F0 = ("errors", "values", "config", "plan", "mesh", "batch", "memory", "interrupts", "threads")
 FLOORS = [
     F0,
     ("text", "checkpoint", "sampling"),

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -374,3 +375,25 @@ def test_ctrl_c_at_any_line_of_the_engine_harms_no_other_stream(llm, model):
     assert lines > 500
     for line in range(1, lines, lines // 60):
         interrupted_at(line)
+
+
+def test_several_threads_may_share_a_model(llm, model):
+    prompts = [[1, 50 + i, 60] for i in range(6)]
+    found = {}
+
+    def run(i):
+        for _ in range(3):
+            found.setdefault(i, []).append(llm.generate([prompts[i]], GREEDY)[0].token_ids)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {i: [true_greedy(model, ids)] * 3 for i, ids in enumerate(prompts)}
+
+
+def test_after_a_fork_it_is_refused_and_does_not_wait_for_ever(llm, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 1)  # as in the child
+    with pytest.raises(UsageError, match="opened before a fork"):
+        llm.generate("a", GREEDY)

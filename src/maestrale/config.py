@@ -142,9 +142,11 @@ class ModelConfig:
         if reader.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"{source}: hidden_act = {shown(reader.get('hidden_act'))}; expected 'silu'")
         mixture = model_type == "mixtral"
-        rope = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
-        if reader.mapping("rope_parameters", rope).get("rope_type", rope.get("type", "default")) != "default":
-            raise ConfigError(f"{source}: rope_parameters = {shown(dict(rope))}; only rope_type 'default' is supported")
+        rope = reader.get("rope_parameters") or {}
+        for name, asked in (("rope_parameters", rope), ("rope_scaling", reader.get("rope_scaling") or {})):
+            if reader.mapping(name, asked).get("rope_type", asked.get("type", "default")) != "default":
+                raise ConfigError(f"{source}: {name} = {shown(dict(asked))}; only rope_type 'default' is supported")
+            rope = rope or asked
         theta = rope.get("rope_theta", reader.get("rope_theta"))
         n_layers, dim, n_heads = (
             reader.whole("num_hidden_layers", limit=MAX_LAYERS),

@@ -29,6 +29,7 @@ from maestrale.errors import CheckpointError, MemoryLimitError, UsageError
 from maestrale.memory import cache_budget
 from maestrale.mesh import Mesh, shards
 from maestrale.text.tokenizer import Tokenizer, load_tokenizer
+from maestrale.threads import choose_threads
 
 if TYPE_CHECKING:
     from maestrale.checkpoint.adapter import Adapter
@@ -211,7 +212,6 @@ def _adapters(options: Options, checkpoint: Checkpoint) -> list[Adapter]:
 def _open_alone(setup: _Setup) -> Runner:
     options, layout = setup.options, setup.layout(cache_budget(setup.memory, setup.weight_bytes))
     if setup.backend == "native":
-        from maestrale.native_backend.runner import choose_threads
         from maestrale.native_backend.runner import open_runner as open_native
 
         kept, threads = kept_as(options, setup.dtype), choose_threads(options.threads)
@@ -240,7 +240,6 @@ def _open_ranks(setup: _Setup, link: Link) -> Runner:
 
     def open_stage(layout: CacheLayout) -> Stage:
         if setup.backend == "native":
-            from maestrale.native_backend.runner import choose_threads
             from maestrale.native_backend.stage import open_stage as open_native
 
             kept, threads = kept_as(options, setup.dtype), choose_threads(options.threads, link.ranks_on_host)

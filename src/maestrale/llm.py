@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from maestrale.choices import Options
 from maestrale.config import ModelConfig
 from maestrale.engine.counters import Counters
 from maestrale.engine.request import Completion, Request
-from maestrale.errors import RequestError, shown
+from maestrale.errors import CheckpointError, RequestError, UsageError, shown
 from maestrale.interrupts import held_back
 from maestrale.launch import launch
 from maestrale.sampling.constraint import read_constraint
@@ -57,6 +59,8 @@ class LLM:
     speculate: look up in a text what may come next, and check it in the step of the token before. No text depends on
     either.
     progress: called with (tensors loaded, tensors in all) while the weights are read.
+
+    generate, stream, chat and logits may be called from several threads, which share each step.
 
     Raises UsageError, ConfigError, CheckpointError, MemoryLimitError or DistributedError, before any weight is read
     where possible.
@@ -107,6 +111,7 @@ class LLM:
         )
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
+        self._lock, self._process = threading.RLock(), os.getpid()
         self._news: dict[
             Request, deque[tuple[Request, Completion]]
         ] = {}  # each request's queue of pieces; one for all of a run
@@ -268,7 +273,7 @@ class LLM:
                 raise RequestError(f"input: a text of {len(ids)} tokens: expected 1 to {self.max_len}", "input")
             if min(ids) < 0 or max(ids) >= self.config.vocab_size:
                 raise RequestError(f"input: expected token ids from 0 to {self.config.vocab_size - 1}", "input")
-        return runner.embed(texts, last)
+        return _finite(runner.embed(texts, last))
 
     def _submit(
         self,
@@ -279,6 +284,8 @@ class LLM:
         reply: bool = False,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[Request]:
+        if os.getpid() != self._process:
+            raise UsageError("this LLM was opened before a fork, which its threads did not survive: open one after it")
         for prompt in prompts:
             if not isinstance(prompt, (Sequence, np.ndarray)):
                 raise RequestError(f"prompts: expected texts or lists of token ids, got {shown(prompt)}", "prompts")
@@ -289,7 +296,7 @@ class LLM:
         try:
             for prompt, asked, name in zip(prompts, params, adapters, strict=True):
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-                with held_back():
+                with held_back(), self._lock:
                     requests.append(
                         self._engine.submit(
                             ids, asked, chunk_size=chunk_size, keep_logits=keep_logits, reply=reply, adapter=name
@@ -306,7 +313,8 @@ class LLM:
         """Steps until all of `requests` have ended; however it is left, none of them stays in the engine. Ctrl-C waits
         for the end of a step; a second one breaks it off.
 
-        Several of these may run in turns (two streams read alternately): a step's news go to whom they belong.
+        Several of these may run in turns (two streams read alternately) or in threads: a step's news go to whom they
+        belong.
         """
         news: deque[tuple[Request, Completion]] = deque()
         self._news.update(dict.fromkeys(requests, news))
@@ -327,20 +335,19 @@ class LLM:
                     told = time.monotonic()
                 if not unfinished:
                     return
-                with held_back():
+                with held_back(), self._lock:
                     for request, piece in self._engine.step():
                         self._news[request].append((request, piece))
                 if not news:
                     yield requests[0], Completion()  # a chunk of a prompt: nothing new, but a moment to stop at
         finally:
             self._abort(requests)
-            for request in requests:
-                del self._news[request]
 
     def _abort(self, requests: list[Request]) -> None:
-        with held_back():
+        with held_back(), self._lock:
             for request in requests:
                 self._engine.abort(request)
+                self._news.pop(request, None)
 
 
 def _pair(
@@ -354,6 +361,15 @@ def _pair(
     if len(params) != len(many):
         raise RequestError(f"{len(many)} prompts and {len(params)} SamplingParams: expected one for each", "params")
     return many, params
+
+
+def _finite(found: Iterator[list[NDArray[np.float32]] | None]) -> Iterator[list[NDArray[np.float32]] | None]:
+    for vectors in found:
+        if vectors is not None and not all(np.isfinite(vector).all() for vector in vectors):
+            raise CheckpointError(
+                "a text's vector holds numbers that are not finite: the model or its weights are damaged"
+            )
+        yield vectors
 
 
 def _ordered(request: Request) -> list[Completion]:

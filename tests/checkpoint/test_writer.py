@@ -72,6 +72,7 @@ def test_fault_33_a_kill_between_the_two_renames_of_force_loses_nothing(tmp_path
     old = tmp_path / "out.replaced.partial"
     old.mkdir()
     fill(old, "old")
+    (old / "params.json").touch()
     with pytest.raises(ValueError), atomic_folder(tmp_path / "out", force=True):
         raise ValueError
     assert (tmp_path / "out" / "a.txt").read_text() == "old"
@@ -83,6 +84,7 @@ def test_fault_34_an_existing_output_is_refused_without_force(tmp_path, refused)
     target.mkdir()
     with atomic_folder(target) as partial:  # an empty folder is no output
         fill(partial, "old")
+        (partial / "params.json").touch()
     with refused(UsageError, 2, target, "not empty", "--force"), atomic_folder(target):
         pass
     with pytest.raises(ValueError), atomic_folder(target, force=True):
@@ -97,6 +99,9 @@ def test_fault_34_an_existing_output_is_refused_without_force(tmp_path, refused)
 def test_force_replaces_no_file_and_no_folder_of_folders(tmp_path, refused):
     (tmp_path / "home" / "photos").mkdir(parents=True)
     (tmp_path / "file").touch()
+    with refused(UsageError, 2, "home", "holds no model"), atomic_folder(tmp_path / "home", force=True):
+        pass
+    (tmp_path / "home" / "config.json").touch()
     with refused(UsageError, 2, "home", "photos", "flat"), atomic_folder(tmp_path / "home", force=True):
         pass
     with refused(UsageError, 2, "file", "is a file"), atomic_folder(tmp_path / "file", force=True):

@@ -1,6 +1,7 @@
 """One fault of each group through the command line: one line, the right code, and no weight memory taken."""
 
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -138,3 +139,25 @@ def test_a_warning_is_one_line_and_cannot_steer_the_terminal(spawn, models, tmp_
     assert err.startswith("maestrale: warning: ")
     assert err.count("\n") == 1
     assert told in err
+
+
+def test_weights_of_nan_are_code_3_in_one_line_from_every_verb_that_runs_them(models, command, tmp_path):
+    folder = tmp_path / "nan"
+    shutil.copytree(models["dense"], folder)
+    weights = load_file(folder / "consolidated.safetensors")
+    weights["norm.weight"][0] = math.nan
+    save_file(weights, folder / "consolidated.safetensors")
+    for args in (
+        ("generate", folder, "-p", "A", "--max-tokens", 2),
+        ("embed", folder, "-t", "A"),
+        ("bench", folder, "--repeats", 1),
+    ):
+        run = command(*args)
+        assert (run.code, run.err.count("\n")) == (3, 1), args
+        assert "the model or its weights are damaged" in run.err
+
+
+def test_a_file_of_prompts_without_end_is_refused(models, command, monkeypatch):
+    monkeypatch.setattr("maestrale.cli.options._MAX_TEXT", 1 << 20)
+    run = command("generate", models["dense"], "--prompts", "/dev/zero")
+    assert (run.code, run.err) == (2, "maestrale: /dev/zero: expected at most 1.00 MiB of text: split it\n")

@@ -34,7 +34,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def instead_of_a_launch(self, *args, grid, warmup, **kwargs):
-    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+    options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if key in kwargs}
     values = dict(zip(self.arg_names, args, strict=False)) | kwargs
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(self.params):
@@ -73,6 +73,7 @@ def main() -> None:
     from maestrale.config import ModelConfig, MoeConfig
     from maestrale.torch_backend.cache import PagedCache
     from maestrale.torch_backend.model import Transformer
+    from maestrale.torch_backend.triton.few import FEW, gated_product, product, turned_product
     from maestrale.torch_backend.triton.model import FusedTransformer, Step
     from maestrale.torch_backend.triton.packed import PackedLinear, to_fp8
     from maestrale.torch_backend.triton.packed_experts import PackedStack
@@ -87,6 +88,7 @@ def main() -> None:
         "7B W": (ModelConfig(*large, (4096,)), torch.float16),
         "7B, fp8 cache": (ModelConfig(*large, (None,)), torch.bfloat16),
         "8x7B": (ModelConfig(*large, (None,), moe=MoeConfig(8, 2)), torch.bfloat16),
+        "7B, fp32": (ModelConfig(*large, (None,)), torch.float32),
         "small": (ModelConfig(96, 1, 24, 160, 6, 2, 512, 1e-5, 1e4, (40,), moe=MoeConfig(4, 2)), torch.float32),
     }
     for name, (config, dtype) in configs.items():
@@ -94,7 +96,7 @@ def main() -> None:
         layout = CacheLayout(16, 4096, 2048, config.windows, (256,), (1024,))
         cache = PagedCache(config, layout, dtype, meta, None, fp8="fp8 cache" in name)
         fused = FusedTransformer(model)
-        for tokens, decode in ((1, True), (64, True), (2048, False)):
+        for tokens, decode in ((1, True), (4, True), (64, True), (2048, False)):
             label, whole = (
                 f"{name}, {tokens} {'decodes' if decode else 'of a chunk'}",
                 torch.empty(tokens, dtype=torch.int32),
@@ -119,6 +121,13 @@ def main() -> None:
     for layer in layers:
         for rows in (1, 64, 65):
             layer(x.bfloat16()[:1].expand(rows, -1).contiguous())
+        for rows in (1, FEW):
+            label = f"{rows} rows, {layer.format}"
+            x_TD, pool = torch.empty(rows, 4096, dtype=torch.bfloat16), torch.empty(1024, 8, 128, dtype=torch.bfloat16)
+            ints, turns = torch.empty(rows, dtype=torch.int32), torch.empty(rows, 64)
+            product(x_TD, layer, x_TD[0], 1e-5, x_TD)
+            gated_product(x_TD, layer, x_TD[0], 1e-5)
+            turned_product(x_TD, layer, x_TD[0], 1e-5, pool, pool, turns, turns, ints, ints, ints[:, None], 16)
         stack, counts = PackedStack([layer] * 16), torch.empty(8, dtype=torch.int32)
         for pairs in (2, 128, 2048):
             label = f"packed experts, {layer.format}, {pairs} pairs"

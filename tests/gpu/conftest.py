@@ -15,7 +15,10 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def few_splits(monkeypatch):
-    """The interpreter runs programs one after another: a few splits show as much as 32."""
-    if not torch.cuda.is_available() and "maestrale.torch_backend.triton.tiles" in __import__("sys").modules:
+def few_programs(monkeypatch):
+    """The interpreter runs programs one after another: a few splits show as much as 32, and a few wide products."""
+    modules = __import__("sys").modules
+    if not torch.cuda.is_available() and "maestrale.torch_backend.triton.tiles" in modules:
         monkeypatch.setattr("maestrale.torch_backend.triton.tiles._PROGRAMS", 24)
+    if not torch.cuda.is_available() and "maestrale.torch_backend.triton.few" in modules:
+        monkeypatch.setattr("maestrale.torch_backend.triton.few._OUT", 64)

@@ -121,5 +121,5 @@ def test_tiles_hold_each_row_once():
         for row in range(first, first + count)
     ]
     assert sorted(rows) == [(b, row) for b in range(4) for row in range(starts[b], starts[b + 1])]
-    assert tiles.queries == 16  # of four heads each: 64 rows
-    assert tiles.chunks[:, 2].max() <= 16
+    assert tiles.queries == 32  # of four heads each: 128 rows
+    assert tiles.chunks[:, 2].max() <= 32

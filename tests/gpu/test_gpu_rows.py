@@ -32,7 +32,7 @@ def test_the_norm_with_and_without_a_residual_is_the_models(dtype, width, device
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("H", "G", "C"), [(4, 2, 8), (3, 1, 12)])
+@pytest.mark.parametrize(("H", "G", "C"), [(4, 2, 8), (3, 1, 12), (18, 2, 8)])
 def test_queries_are_turned_and_keys_and_values_kept_where_the_law_says(dtype, H, G, C, device):
     torch.manual_seed(C)
     positions, sequences = np.array([3, 37, 38, -1, 0]), np.array([0, 1, 1, 2, 2])

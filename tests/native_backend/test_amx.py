@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from weights import FORMATS, example
+from weights import FORMATS, example, product
 
 from maestrale.checkpoint.dtypes import StoredTensor
 from maestrale.checkpoint.packed import pack_float
@@ -20,18 +20,18 @@ def test_bytes_in_tiles_give_the_bits_of_vectors(pool, name, shape):
     one, rng = example(name, *shape), np.random.default_rng(0)
     for count in (7, 8, 15, 16, 17, 31, 32, 33, 48, 95):
         x = rng.standard_normal((count, shape[1]), np.float32)
-        expected = kernels.linear(pool, "avx512", one.weight, x)
+        expected = product(pool, "avx512", one.weight, x)
         for isa in TILED:
-            np.testing.assert_array_equal(kernels.linear(pool, isa, one.weight, x), expected)
+            np.testing.assert_array_equal(product(pool, isa, one.weight, x), expected)
 
 
 @tiled
 @pytest.mark.parametrize("k", [1, 3, 62, 65, 130, 334])
 def test_rows_that_no_tile_divides_are_filled_with_zeros(pool, k):
     one, x = example("int8", 50, k), np.random.default_rng(k).standard_normal((20, k), np.float32)
-    expected = kernels.linear(pool, "avx512", one.weight, x)
+    expected = product(pool, "avx512", one.weight, x)
     for isa in TILED:
-        np.testing.assert_array_equal(kernels.linear(pool, isa, one.weight, x), expected)
+        np.testing.assert_array_equal(product(pool, isa, one.weight, x), expected)
 
 
 @tiled
@@ -69,7 +69,7 @@ def test_bf16_in_tiles_adds_in_the_order_of_the_manual(pool, k):
     assert np.any(expected != (x.astype(np.float64) @ w.T.astype(np.float64)))  # so the order matters
     for isa in TILED:
         for count in (1, 16, 40):
-            np.testing.assert_array_equal(kernels.linear(pool, isa, weight, x[:count]), expected[:count])
+            np.testing.assert_array_equal(product(pool, isa, weight, x[:count]), expected[:count])
 
 
 def test_amx_serves_where_its_self_test_succeeds_and_says_why_where_not():

@@ -21,6 +21,7 @@ def test_the_arm64_kernels_give_the_products_and_the_attention_of_the_formulas(t
     files = [Path(__file__).with_name("arm64_check.cpp")]
     files += [SOURCES / f"{name}.cpp" for name in ("isa", "kernels_neon", "kernels_generic")]
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing", "-static"]
+    flags += ["-fsanitize=signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]  # ends the program
     subprocess.run([COMPILER, *flags, f"-I{SOURCES}", *map(str, files), "-o", str(program)], check=True)
     run = subprocess.run([EMULATOR, str(program)], capture_output=True, text=True, timeout=300, check=False)
     assert (run.returncode, run.stdout) == (0, "ok\n")

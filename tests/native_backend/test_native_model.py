@@ -14,7 +14,7 @@ from maestrale.config import ModelConfig, MoeConfig
 from maestrale.errors import CheckpointError, ConfigError, MemoryLimitError
 from maestrale.native_backend import kernels
 from maestrale.native_backend.load import load_model, make_model, rope_speeds
-from maestrale.native_backend.runner import NativeRunner, choose_threads
+from maestrale.native_backend.runner import NativeRunner
 
 
 def layout(config, page_size=16, max_len=64, sequences=2):
@@ -139,6 +139,7 @@ def test_copies_of_one_step_read_all_sources_before_they_write(tmp_path):
         ({"positions": np.array([0])}, "positions has the wrong size"),
         ({"starts": np.array([0, 1])}, "do not cover"),
         ({"starts": np.array([0, 2, 2])}, "tables"),
+        ({"starts": np.array([0, 400_000_000, 2]), "tables": [np.zeros((2, 4), np.int64)]}, "behind the step's rows"),
         ({"tables": [np.full((1, 4), 8)]}, "a page's number"),
         ({"tables": [np.full((1, 3), 0)]}, "page tables has the wrong size"),
         ({"copies": [np.array([[0, 8]])]}, "in a copy"),
@@ -202,13 +203,6 @@ def test_a_file_that_changed_while_it_was_read_is_told(tmp_path):
 
         with pytest.raises(CheckpointError, match="changed"):
             load_model(checkpoint, layout(DENSE), "f32", cache="f32", threads=1, progress=grow)
-
-
-def test_threads_are_as_asked_then_as_the_environment_says(monkeypatch):
-    monkeypatch.setenv("MAESTRALE_THREADS", "3")
-    assert (choose_threads(), choose_threads(2)) == (3, 2)
-    monkeypatch.delenv("MAESTRALE_THREADS")
-    assert choose_threads() >= 1
 
 
 def test_a_runner_gives_the_wanted_rows_and_the_experts_that_they_went_through(tmp_path):

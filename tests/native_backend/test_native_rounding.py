@@ -66,3 +66,9 @@ def test_the_answer_does_not_depend_on_threads():
     one, three = (round_to_nearest("w", tensor, "int4", threads=threads) for threads in (1, 3))
     for name, array in one.parts.items():
         np.testing.assert_array_equal(array, three.parts[name])
+
+
+def test_rounding_needs_no_system_that_tells_a_process_its_cores(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.delenv("MAESTRALE_THREADS", raising=False)
+    assert round_to_nearest("w", stored(np.ones((16, 64))), "int4").shape == (16, 64)

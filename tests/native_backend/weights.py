@@ -61,12 +61,19 @@ def example(name: str, n: int, k: int, seed: int = 0, extreme: bool = False) -> 
     return Example(name, packed.pack_int4(codes.astype(np.uint8), scales, offsets), values.reshape(n, k))
 
 
-def rows_seen(name: str, x: np.ndarray, exact: bool = False) -> np.ndarray:
+def rows_seen(name: str, x: np.ndarray) -> np.ndarray:
     """float64 of the rows that a product of this format multiplies with."""
     if name == "f32":
         return x.astype(np.float64)
-    if name == "bf16" or exact:
+    if name == "bf16":
         return from_bf16(to_bf16(x)).astype(np.float64)
     most = np.abs(x).max(axis=1, keepdims=True)
     inverse = np.float32(127) / most
     return np.rint(x * inverse).astype(np.float64) * (most / np.float32(127)).astype(np.float64)
+
+
+def product(pool, isa: str, weight, x: np.ndarray) -> np.ndarray:
+    """x [rows, k] times the weight's [n, k] transposed, by the kernels."""
+    y = np.empty((len(x), weight.n), np.float32)
+    kernels.native.linear(pool, isa, weight, np.ascontiguousarray(x), y)
+    return y

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
-from maestrale.errors import RequestError
+from maestrale.errors import CheckpointError
 from maestrale.sampling.beam import BeamSearch, Hypothesis
 from maestrale.sampling.policy import log_softmax
 
@@ -177,5 +177,5 @@ def test_rows_that_do_not_match_the_live_beams_are_refused():
 
 
 def test_damaged_logits_never_reach_a_beam():
-    with pytest.raises(RequestError, match="they hold nan"):
+    with pytest.raises(CheckpointError, match="they hold nan"):
         log_softmax(np.array([[0.0, 1.0], [np.nan, 0.0]], np.float32))

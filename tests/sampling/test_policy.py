@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from maestrale.errors import RequestError
+from maestrale.errors import CheckpointError
 from maestrale.sampling import policy
 from maestrale.sampling.mask import Mask
 from maestrale.sampling.params import SamplingParams
@@ -210,9 +210,9 @@ def test_logits_that_are_not_numbers_refuse_the_request(value, temperature):
         lambda: token_logprob(logits, 1, 3),
         lambda: policy.log_softmax(np.stack([some_logits(50), logits])),
     ):
-        with pytest.raises(RequestError, match=f"they hold {value}"):
+        with pytest.raises(CheckpointError, match=f"they hold {value}"):
             call()
-    with pytest.raises(RequestError, match="no token is possible"):
+    with pytest.raises(CheckpointError, match="no token is possible"):
         sample(np.full(5, -np.inf, np.float32), SamplingParams(), 0, 0, 0)
 
 
@@ -330,7 +330,7 @@ def test_what_is_not_allowed_is_as_if_its_logit_were_minus_infinity(logits, allo
     params = SamplingParams(temperature=temperature, logit_bias={1: 3.0}, top_k=2, repetition_penalty=1.3)
     lowered = np.array([x if ok else -np.inf for x, ok in zip(logits, allowed, strict=True)], np.float32)
     if not np.isfinite(lowered).any():
-        with pytest.raises(RequestError):
+        with pytest.raises(CheckpointError):
             sample(row, params, seed, 0, 0, (), history_for(params, [2], 7), may)
         return
     token = sample(row, params, seed, 0, 0, (), history_for(params, [2], 7), may)
@@ -349,7 +349,7 @@ def test_however_many_are_allowed_the_draw_is_among_them(allowed):
 
 def test_a_logit_that_is_no_number_is_told_under_a_constraint_too():
     row = np.array([0, np.nan, 1], np.float32)
-    with pytest.raises(RequestError, match="nan"):
+    with pytest.raises(CheckpointError, match="nan"):
         sample(row, SamplingParams(temperature=0), 0, 0, 0, allowed=Only([0, 2]))
 
 

@@ -8,14 +8,13 @@ steps away from zero that value is put at first; for the codes that follow, the 
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.checkpoint.dtypes import StoredTensor, cast
 from maestrale.checkpoint.packed import BLOCK, GROUPS, MIDDLE, PackedWeight, concatenate, pack_int4, pack_int8
 from maestrale.errors import CheckpointError
+from maestrale.threads import choose_threads
 
 _STEPS = (8.0, 7.5, 7.0, 8.5, 6.5)
 _CHUNK = 1 << 18  # weights searched at once: the temporaries stay in a core's cache
@@ -31,7 +30,7 @@ def round_to_nearest(
 ) -> PackedWeight:
     """A stored weight [n, k] as int8 or int4; k is a multiple of `group` for int4. Memory: the result, and a few MB.
 
-    name: of the weight, for errors. threads: at once; None is all processors.
+    name: of the weight, for errors. threads: at once, as `choose_threads` takes them.
 
     CheckpointError where values are NaN, Inf or too large for a scale in float16 (int4).
     """
@@ -48,7 +47,7 @@ def round_to_nearest(
     from concurrent.futures import ThreadPoolExecutor  # slow to import, and a folder that is only run needs none
 
     try:
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(choose_threads(threads)) as pool:
             return concatenate(list(pool.map(pack, range(0, n, rows))))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maestrale.checkpoint.dtypes import StoredTensor
-from maestrale.errors import CheckpointError
+from maestrale.errors import CheckpointError, MemoryLimitError
 
 # Python names it since 3.13 only.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -58,6 +59,10 @@ class MappedFile:
                 flags = mmap.MAP_PRIVATE | _NO_RESERVE
                 self._map = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+                raise MemoryLimitError(
+                    f"{self.path}: no address space to map it: raise the limit (ulimit -v)"
+                ) from None
             raise CheckpointError(f"{self.path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
         self.data: NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
 

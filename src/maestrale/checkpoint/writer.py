@@ -24,6 +24,7 @@ from maestrale.plan import tensor_plan
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all), after each tensor
 _BLOCK = 64 << 20
 _LOCK = ".lock"
+_MARKS = ("params.json", "config.json", "adapter_config.json")
 
 
 @contextmanager
@@ -237,7 +238,9 @@ def _check_folder_target(target: Path, force: bool) -> None:
         inside = list(target.iterdir())
     if inside and not force:
         raise UsageError(f"{target}: exists and is not empty; --force replaces it")
-    # A model's folder is flat. This keeps --force on a home or project folder from deleting it.
+    # A model's folder is flat, and says what it is. This keeps --force on any other folder from deleting it.
+    if inside and not any(p.name in _MARKS for p in inside):
+        raise UsageError(f"{target}: holds no model or adapter, and --force replaces nothing else: name another folder")
     if folders := sorted(p.name for p in inside if p.is_dir()):
         raise UsageError(f"{target}: holds folders ({', '.join(folders[:3])}); --force replaces flat folders only")
 

@@ -155,8 +155,10 @@ class Stand:
     def decode(self, size: int) -> Decoding:
         """`decode_tokens` tokens of each of `size` sequences; over stages, a part of them is computed in each step."""
         requests = [self._submit(CONTEXT, i, self.decode_tokens + self.slack) for i in range(size)]
-        while any(request.sequences[0].generated == 0 for request in requests):
+        while any(request.sequences[0].generated == 0 for request in requests if not request.finished):
             self.engine.step()
+        if error := next((request.error for request in requests if request.error), None):
+            raise error
         self.watch.seconds, before = 0.0, self.usage()
         end = self.engine.tokens_out + size * self.decode_tokens
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from maestrale.errors import UsageError
 if TYPE_CHECKING:
     from maestrale.llm import Completion
     from maestrale.sampling.constraint import Constraint
+    from maestrale.sampling.params import SamplingParams
 
 SEPARATOR = "====================="
 
@@ -84,10 +86,14 @@ def generate(
     name = "adapter" if adapter else None
     if len(texts) == 1 and n == 1 and not json:
         before = texts[0]  # shown with the first piece: a prompt that is refused is not shown
-        for piece in llm.stream(texts[0], params, adapter=name):
-            print(for_output(before + piece.text), end="", flush=True)
-            before = ""
-        print()
+        try:
+            for piece in llm.stream(texts[0], params, adapter=name):
+                print(for_output(before + piece.text), end="", flush=True)
+                before = ""
+        finally:
+            if not before:
+                print()
+        _tell_cut(params, [piece.finish_reason])
         return
     with opt.progress_line("generating") as progress:
         completions = llm.generate(texts, params, adapter=name, progress=progress)
@@ -97,6 +103,14 @@ def generate(
         else:
             print(for_output(texts[i // n] + completion.text))
             print(SEPARATOR)
+    _tell_cut(params, [completion.finish_reason for completion in completions])
+
+
+def _tell_cut(params: SamplingParams, reasons: list[str | None]) -> None:
+    """Of a text that was to be whole by some rule, and is not."""
+    if params.constraint is not None and (cut := reasons.count("length")):
+        which = "the text is" if len(reasons) == 1 else f"{cut} of {len(reasons)} texts are"
+        print(f"maestrale: {which} cut off at --max-tokens {params.max_tokens}, so not whole", file=sys.stderr)
 
 
 def _constraint(json_schema: Path | None, regex: str | None, grammar: Path | None) -> Constraint | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from maestrale.llm import LLM
 
 MODEL, SAMPLING = "Model", "Sampling"  # groups of the help screens
+_MAX_TEXT = 256 << 20  # bytes of a file that is read whole
 TALKER = "stories-chat"  # the bundled model that has learnt to chat
 
 Model = Annotated[Path | None, Argument(help="A model folder; without one, the bundled model.")]
@@ -127,9 +128,12 @@ def progress_line(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file; - is standard input. UsageError where it cannot be read."""
+    """The text of a UTF-8 file; - is standard input. UsageError where it cannot be read, or is too long."""
     try:
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else open(path, "rb") as file:
+            content = file.read(_MAX_TEXT + 1)
+        if len(content) > _MAX_TEXT:
+            raise UsageError(f"{path}: expected at most {readable_bytes(_MAX_TEXT)} of text: split it")
         return content.decode("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}: cannot read: {error.strerror or error}") from None

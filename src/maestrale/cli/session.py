@@ -93,6 +93,8 @@ class Session:
             print()  # air before the next prompt
         if said.reason == "length" and len(said.token_ids) < self.params.max_tokens:
             print(f"[the context of {self.llm.max_len} tokens is full: /clear starts anew]")
+        elif said.reason == "length" and self.terminal and self.conversation.form == "chat":
+            print(f"[cut off after {self.params.max_tokens} tokens: /set max_tokens allows more]")
         elif said.reason == "stop" and self.conversation.form == "text":
             print("[the text ends here: /clear starts anew]")
 

@@ -1,4 +1,4 @@
-"""The C++ kernels as Python sees them: which set this processor runs, and weights and products on them.
+"""The C++ kernels as Python sees them: which set this processor runs, and weights as they take them.
 
 The extension module is built at install (setup.py); where it is missing, `missing()` says so in one line.
 """
@@ -6,6 +6,8 @@ The extension module is built at install (setup.py); where it is missing, `missi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from maestrale.checkpoint.packed import BLOCK, PackedWeight
 from maestrale.errors import UsageError
+from maestrale.threads import THREADS
 
 native: Any = None
 try:
@@ -50,6 +53,23 @@ def describe() -> str:
     return isa if problem is None else f"{isa} ({problem})"
 
 
+@contextmanager
+def starting(threads: int) -> Iterator[None]:
+    """Round what starts so many threads: UsageError where the system grants fewer."""
+    try:
+        yield
+    except native.ThreadError as error:
+        raise UsageError(
+            f"threads = {threads}: the system starts no more of them ({error}); take fewer by --threads or {THREADS}"
+        ) from None
+
+
+def pool(threads: int) -> Any:
+    """Threads that work together; UsageError where the system grants fewer."""
+    with starting(threads):
+        return native.Pool(threads)
+
+
 def weight(packed: PackedWeight) -> Any:
     """A packed weight as the kernels take it: its arrays where they lie, not copied."""
     (n, k), parts = packed.shape, packed.parts
@@ -57,20 +77,12 @@ def weight(packed: PackedWeight) -> Any:
     return native.Weight(packed.format, n, k, packed.group, parts["data"], *optional)
 
 
-def linear(pool: Any, isa: str, weight: Any, x: NDArray[np.float32], exact: bool = False) -> NDArray[np.float32]:
-    """x [rows, k] times the weight's [n, k] transposed. exact: nothing is quantized but the weight."""
-    y = np.empty((len(x), weight.n), np.float32)
-    native.linear(pool, isa, weight, np.ascontiguousarray(x, np.float32), y, exact=exact)
-    return y
-
-
-def pack(pool: Any, rows: NDArray, codes: bool = False) -> NDArray[np.uint32]:
+def pack(pool: Any, rows: NDArray) -> NDArray[np.uint32]:
     """The `data` of a PackedWeight, as words [blocks, words of a row, 16]; the caller views them as the format's type.
 
-    rows [n, k]: float32, uint16 (patterns of bfloat16) or int8; or, with `codes`, uint8 from 0 to 15 for int4.
+    rows [n, k]: float32, uint16 (patterns of bfloat16) or int8.
     """
     n, k = rows.shape
-    words = k // 8 if codes else -(-k * rows.itemsize // 4)
-    data = np.empty((-(-n // BLOCK), words, BLOCK), np.uint32)
-    native.pack(pool, np.ascontiguousarray(rows), codes, data)
+    data = np.empty((-(-n // BLOCK), -(-k * rows.itemsize // 4), BLOCK), np.uint32)
+    native.pack(pool, np.ascontiguousarray(rows), data)
     return data

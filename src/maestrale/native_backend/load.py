@@ -27,7 +27,6 @@ def load_model(
     *,
     cache: str,
     threads: int,
-    exact: bool = False,
     isa: str | None = None,
     layers: range | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -36,14 +35,13 @@ def load_model(
     tensors in all).
 
     weights: the format that linear layers get which the folder does not hold packed; those keep theirs. cache: how keys
-    and values are kept, "f32", "bf16" or "int8" (codes, and a scale for each position and head). exact: activations
-    meet quantized weights in bf16. At no time more than one tensor exists twice; the embeddings and what is packed
-    already stay mapped from the file. layers: those of a pipeline's stage, all where None; only the first stage has the
-    embeddings, only the last the head.
+    and values are kept, "f32", "bf16" or "int8" (codes, and a scale for each position and head). At no time more than
+    one tensor exists twice; the embeddings and what is packed already stay mapped from the file. layers: those of a
+    pipeline's stage, all where None; only the first stage has the embeddings, only the last the head.
     """
     config, every = checkpoint.config, range(checkpoint.config.n_layers)
     layers = layers or every
-    options: dict[str, Any] = {"cache": cache, "threads": threads, "exact": exact, "isa": isa}
+    options: dict[str, Any] = {"cache": cache, "threads": threads, "isa": isa}
     model = make_model(config, layout, layers=layers, **options)
     first, last = layers[0] == every[0], layers[-1] == every[-1]
     mine = tuple(f"layers.{i}." for i in layers)
@@ -95,7 +93,6 @@ def make_model(
     *,
     cache: str,
     threads: int,
-    exact: bool = False,
     isa: str | None = None,
     layers: range | None = None,
 ) -> Any:
@@ -104,22 +101,22 @@ def make_model(
         raise ConfigError(
             f"head_dim = {config.head_dim}: the native backend takes at most {MAX_HEAD_DIM}; use the torch backend"
         )
-    model = kernels.native.Model(
-        dim=config.dim,
-        n_heads=config.n_heads,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        hidden_dim=config.hidden_dim,
-        vocab_size=config.vocab_size,
-        n_chosen=config.moe.num_experts_per_tok if config.moe else 0,
-        norm_eps=config.norm_eps,
-        speeds=rope_speeds(config),
-        page_size=layout.page_size,
-        cache=cache,
-        exact=exact,
-        isa=kernels.choose_isa(isa),
-        threads=threads,
-    )
+    with kernels.starting(threads):
+        model = kernels.native.Model(
+            dim=config.dim,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden_dim=config.hidden_dim,
+            vocab_size=config.vocab_size,
+            n_chosen=config.moe.num_experts_per_tok if config.moe else 0,
+            norm_eps=config.norm_eps,
+            speeds=rope_speeds(config),
+            page_size=layout.page_size,
+            cache=cache,
+            isa=kernels.choose_isa(isa),
+            threads=threads,
+        )
     for window, ring, pages in zip(layout.windows, layout.rings, layout.pages, strict=True):
         count = [config.sliding_window[i] for i in layers or range(config.n_layers)].count(window)
         # Left unwritten, so that a large pool takes memory only where it is used.
@@ -140,7 +137,7 @@ class _Loader:
         self, checkpoint: Checkpoint, weights: str, threads: int, total: int, progress: Callable[[int, int], None]
     ):
         self.checkpoint, self.weights, self.threads, self.progress = checkpoint, weights, threads, progress
-        self.pool = kernels.native.Pool(threads)
+        self.pool = kernels.pool(threads)
         self.done, self.total = 0, total
 
     def layer(self, i: int) -> dict[str, Any]:

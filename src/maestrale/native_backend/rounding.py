@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 
 from maestrale.checkpoint.dtypes import STORAGE, StoredTensor
 from maestrale.checkpoint.packed import PackedWeight, part_layout
 from maestrale.errors import CheckpointError
 from maestrale.native_backend import kernels
+from maestrale.threads import choose_threads
 
 
 def round_to_nearest(
@@ -17,7 +16,7 @@ def round_to_nearest(
 ) -> PackedWeight:
     """A stored weight [n, k] as int8 or int4; k is a multiple of `group` for int4. Memory: the result.
 
-    name: of the weight, for errors. threads: at once; None is all processors.
+    name: of the weight, for errors. threads: at once, as `choose_threads` takes them.
     CheckpointError where values are NaN, Inf or too large for a scale in float16 (int4).
     """
     n, k = tensor.shape
@@ -27,7 +26,7 @@ def round_to_nearest(
     }
     scales = {"scales": parts["scales"].view(np.uint16)} if group else {"row_scales": parts["scales"]}
     if not kernels.native.round(
-        kernels.native.Pool(threads or len(os.sched_getaffinity(0))),
+        kernels.pool(choose_threads(threads)),
         kernels.choose_isa(),
         tensor.dtype,
         np.ascontiguousarray(tensor.array),

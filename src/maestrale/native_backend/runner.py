@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +12,10 @@ from numpy.typing import NDArray
 from maestrale.batch import Batch, CacheLayout, StepOutput
 from maestrale.checkpoint.reader import Checkpoint
 from maestrale.config import ModelConfig
-from maestrale.errors import MemoryLimitError, UsageError
+from maestrale.errors import MemoryLimitError
 from maestrale.memory import keep_rows
 from maestrale.native_backend.embed import embed
 from maestrale.native_backend.load import Body, load_model
-
-THREADS = "MAESTRALE_THREADS"  # the environment variable that says how many threads compute
-MAX_THREADS = 1024
 
 
 class NativeRunner:
@@ -77,25 +72,3 @@ def open_runner(
     with memory_errors():
         model, body = load_model(checkpoint, layout, weights, cache=cache, threads=threads, progress=progress)
     return NativeRunner(model, layout, body)
-
-
-def choose_threads(asked: int | None = None, processes: int = 1) -> int:
-    """How many threads compute: as asked, else what MAESTRALE_THREADS says, else one for each core to be had, divided
-    among so many processes."""
-    if asked is None and (word := os.environ.get(THREADS)):
-        if not word.isascii() or not word.isdigit() or not 0 < int(word) <= MAX_THREADS:
-            raise UsageError(f"{THREADS}={word}: expected a whole number from 1 to {MAX_THREADS}")
-        return int(word)
-    if asked is not None and not 0 < asked <= MAX_THREADS:
-        raise UsageError(f"threads = {asked}: expected a whole number from 1 to {MAX_THREADS}")
-    return asked or max(1, min(available_cores() // processes, MAX_THREADS))
-
-
-def available_cores() -> int:
-    """The cores this process may use: those it is bound to, or fewer where a container's share of time is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from maestrale.errors import RequestError
+from maestrale.errors import CheckpointError
 from maestrale.sampling.mask import Mask
 from maestrale.sampling.params import SamplingParams
 
@@ -92,7 +92,7 @@ def sample(
     sample_index: which of the request's n. index: how many tokens this sample has generated so far.
     eos_ids: ids that `min_tokens` holds back. history: from `history_for`, needed where a penalty is on.
     allowed: the tokens that a constraint allows; None where there is none.
-    Raises RequestError where the logits hold NaN or +inf, or where no token is possible.
+    Raises CheckpointError where the logits hold NaN or +inf, or where no token is possible.
     """
     x: NDArray = logits
     if params.logit_bias:
@@ -123,7 +123,7 @@ def sample(
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Natural-log probabilities along the last axis: float32 [..., vocab] → float32 [..., vocab].
 
-    Raises RequestError where a row holds NaN or +inf, or nothing above -inf.
+    Raises CheckpointError where a row holds NaN or +inf, or nothing above -inf.
     """
     peaks = logits.max(axis=-1, keepdims=True)
     if not np.isfinite(peaks).all():
@@ -135,7 +135,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 def token_logprob(logits: NDArray[np.float32], token: int, top: int) -> tuple[float, list[tuple[int, float]]]:
     """Natural-log probability of `token` under raw logits (float32 [vocab]), and the `top` likeliest (id, logprob).
 
-    The likeliest come first, the lower id on ties. Raises RequestError where the logits hold NaN or +inf.
+    The likeliest come first, the lower id on ties. Raises CheckpointError where the logits hold NaN or +inf.
     """
     peak = float(logits.max())
     _check_peak(peak)
@@ -295,4 +295,6 @@ def _nucleus(p: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
 def _check_peak(peak: float) -> None:
     if not math.isfinite(peak):
         what = "no token is possible: all are -inf" if peak == -np.inf else f"they hold {peak}"
-        raise RequestError(f"logits: expected finite numbers or -inf, but {what}; the model or its weights are damaged")
+        raise CheckpointError(
+            f"logits: expected finite numbers or -inf, but {what}; the model or its weights are damaged"
+        )

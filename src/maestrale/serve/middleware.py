@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from maestrale.errors import MaestraleError
 from maestrale.serve.answers import ClientGone
 from maestrale.serve.metrics import Metrics
 from maestrale.serve.problems import ApiError, as_api_error
@@ -59,7 +60,8 @@ class Front:
         except Exception as error:  # the last place where a fault can still become an answer
             problem = as_api_error(error)
             if problem.status == 500:
-                log.error("request %s failed", request_id, exc_info=error)
+                known = isinstance(error, MaestraleError | ApiError)  # the message says it all
+                log.error("request %s failed: %s", request_id, problem, exc_info=None if known else error)
             if status:
                 raise  # an answer has begun: all that is left is to break the connection
             await problem.response()(scope, receive, tagged)

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from maestrale.errors import MemoryLimitError, RequestError
+from maestrale.errors import CheckpointError, MemoryLimitError, RequestError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error"}
 _PHRASES = {404: "no such route", 405: "this route does not take that method"}
@@ -50,12 +50,13 @@ def bad_request(message: str, param: str | None, code: str | None = None) -> Api
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """Any exception as its answer. A RequestError is the client's where it names a field, else the model's fault."""
+    """Any exception as its answer. A RequestError is the client's where it names a field; else it is the model's fault,
+    as damaged weights are."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError) and error.param is not None:
         return bad_request(str(error), error.param)
-    if isinstance(error, RequestError):
+    if isinstance(error, RequestError | CheckpointError):
         return ApiError(500, str(error), code="model_error")
     if isinstance(error, MemoryLimitError):
         return ApiError(500, str(error), code="out_of_memory")

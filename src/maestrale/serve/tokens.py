@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -27,7 +29,8 @@ async def tokenize(context: Context, request: Request) -> Response:
     answer = {"tokens": ids, "count": len(ids), "max_model_len": context.llm.max_len}
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.piece(token).decode(errors="replace") for token in ids]
-    return JSONResponse(answer, headers=ignored_header(body))
+    # Millions of ids, written as JSON here, would hold up every other client.
+    return await context.in_worker(partial(JSONResponse, answer, headers=ignored_header(body)))
 
 
 def _named(tokenizer: Tokenizer, text: str) -> int | None:

@@ -42,14 +42,12 @@ class Buffer {
 // Rows of one width in the forms that weights ask for: bf16, int8 …
 class Activations {
  public:
-  explicit Activations(bool exact = false) : exact_(exact) {}
-
   // Before the first step: `w` will multiply with these rows.
   void want(const Weight& w) {
     for (const Form& form : forms_)
       if (matches(form.rows, w)) return;
     Rows rows{};
-    rows.format = form_of(w);
+    rows.format = w.format;
     rows.k = w.k;
     rows.group = rows.format == Format::int4 ? w.group : w.k;
     rows.stride = row_bytes(rows.format, rows.k);
@@ -103,11 +101,8 @@ class Activations {
     Buffer<int32_t> sums;
   };
 
-  Format form_of(const Weight& w) const {
-    return exact_ && (w.format == Format::int8 || w.format == Format::int4) ? Format::bf16 : w.format;
-  }
-  bool matches(const Rows& rows, const Weight& w) const {
-    return rows.format == form_of(w) && (rows.format != Format::int4 || rows.group == w.group);
+  static bool matches(const Rows& rows, const Weight& w) {
+    return rows.format == w.format && (rows.format != Format::int4 || rows.group == w.group);
   }
   const Form& form(const Weight& w) const {
     for (const Form& form : forms_)
@@ -115,7 +110,6 @@ class Activations {
     throw std::logic_error("rows were not prepared for this weight");
   }
 
-  bool exact_;
   std::vector<Form> forms_;
 };
 

@@ -13,8 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels.h"
-#include "rows.h"
+#include "activations.h"
 
 namespace maestrale {
 
@@ -31,8 +30,8 @@ namespace {
 struct Sample {
   static constexpr int64_t kOutputs = 48, kInputs = 192, kGroup = 32, kCount = 23;  // rows: a full tile, and another
   Weight weight;
-  RowsBuffer buffer;
-  Rows rows;
+  Activations room;
+  Rows rows{};
   std::vector<uint8_t> data;
   std::vector<int32_t> sums;
   std::vector<float> ones, expected, found;
@@ -40,7 +39,6 @@ struct Sample {
 
   explicit Sample(Format format)
       : weight{format, kOutputs, kInputs, kGroup, nullptr, nullptr, nullptr, nullptr, nullptr},
-        rows(buffer.rows(format, kCount, kInputs, kGroup)),
         data(size_t(kOutputs / kBlock * block_bytes(weight))),
         sums(size_t(kOutputs)),
         ones(size_t(kOutputs), 1),
@@ -56,7 +54,10 @@ struct Sample {
     weight.scales = scales.data();
     std::vector<float> x(size_t(kCount * kInputs));
     for (size_t i = 0; i < x.size(); ++i) x[i] = i % kInputs ? float(int(i * 7 % 15) - 7) : 127;  // 127: a scale of 1
-    avx512::table.prepare(x.data(), kInputs, 0, kCount, rows);
+    room.want(weight);
+    room.reserve(kCount);
+    room.prepare(avx512::table, {&weight}, x.data(), kInputs, 0, kCount);
+    rows = room.rows(weight, 0, kCount);
     avx512::table.linear(weight, rows, 0, blocks_of(weight), {expected.data(), kOutputs});
   }
 

@@ -205,11 +205,11 @@ inline void attend_rows(const HeadLayout& head, const Block& block, const uint32
       s[t] = load(scores + r * kKeys + t * kTile);
       if (block.scales[t]) s[t] = s[t] * load(block.scales[t]);
       if (masked) {  // N9: keys p - W + 1 … p
-        const int64_t newest = queries[r] - block.positions[t], oldest = newest - window + 1;
+        const int64_t newest = queries[r] - block.positions[t], oldest = window > newest ? 0 : newest - window + 1;
         const Floats lane = load(kLaneNumbers);
         const int64_t last = newest < block.counts[t] - 1 ? newest : block.counts[t] - 1;
         s[t] = if_less(floats(float(last)), lane, none, s[t]);
-        s[t] = if_less(lane, floats(float(oldest < -1 ? -1 : oldest)), none, s[t]);
+        s[t] = if_less(lane, floats(float(oldest)), none, s[t]);
       }
       top = larger(s[t], top);
     }

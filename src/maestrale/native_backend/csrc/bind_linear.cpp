@@ -3,9 +3,10 @@
 
 #include <numeric>
 #include <stdexcept>
+#include <system_error>
 
+#include "activations.h"
 #include "module.h"
-#include "rows.h"
 #include "tiles.h"
 
 namespace nb = nanobind;
@@ -84,30 +85,20 @@ void spread(Pool& pool, int64_t first, int64_t last, const Work& work) {
   });
 }
 
-struct Request {
-  Rows rows;
-  int64_t first, last;
-  Output out;
-};
-
-// Checks shapes, prepares the rows of x and says where results go.
-Request request(Pool& pool, const Kernels& kernels, RowsBuffer& buffer, const Weight& w,
-                const Array<const float>& x, const Array<float>& y, std::optional<std::pair<int64_t, int64_t>> blocks,
-                bool exact, bool add) {
+// The rows of x as w takes them, after a look at the shapes; they lie in `room`.
+Rows prepared(Pool& pool, const Kernels& kernels, Activations& room, const Weight& w, const Array<const float>& x,
+              const Array<float>& y) {
   if (x.ndim() != 2 || y.ndim() != 2 || int64_t(x.shape(1)) != w.k || int64_t(y.shape(1)) != w.n ||
       x.shape(0) != y.shape(0))
     throw std::invalid_argument("x must be [rows, " + std::to_string(w.k) + "] and y [rows, " + std::to_string(w.n) +
                                 "]");
-  const auto [first, last] = blocks.value_or(std::pair<int64_t, int64_t>(0, blocks_of(w)));
-  if (first < 0 || last > blocks_of(w)) throw std::invalid_argument("blocks beyond the weight's");
-  const bool quantized = w.format == Format::int8 || w.format == Format::int4;
   const int64_t count = int64_t(x.shape(0));
-  const Rows rows = buffer.rows(exact && quantized ? Format::bf16 : w.format, count, w.k, w.group);
+  room.want(w);
+  room.reserve(count);
   pool.run([&](int thread) {
-    const int64_t begin = count * thread / pool.size(), end = count * (thread + 1) / pool.size();
-    kernels.prepare(x.data(), w.k, begin, end, rows);
+    room.prepare(kernels, {&w}, x.data(), w.k, count * thread / pool.size(), count * (thread + 1) / pool.size());
   });
-  return {rows, first, last, {y.data(), w.n, add}};
+  return room.rows(w, 0, count);
 }
 
 }  // namespace
@@ -121,6 +112,7 @@ void bind_linear(nb::module_& m) {
   m.def("amx_problem", &amx_problem, "Why AMX is not among the sets; None where it is.");
   m.def("amx_self_test", &amx_self_test, "The same for its self-test alone, in a process of its own.");
 
+  nb::exception<std::system_error>(m, "ThreadError");  // nothing but a pool's threads asks the system for such things
   nb::class_<Pool>(m, "Pool")
       .def("__init__",
            [](Pool* self, int size) {
@@ -143,33 +135,35 @@ void bind_linear(nb::module_& m) {
   m.def(
       "linear",
       [](Pool& pool, const std::string& isa, const HeldWeight& held, Array<const float> x, Array<float> y,
-         std::optional<std::pair<int64_t, int64_t>> blocks, bool exact, bool add) {
+         std::optional<std::pair<int64_t, int64_t>> blocks, bool add) {
         const Kernels& kernels = kernels_named(isa);
-        RowsBuffer buffer;
+        const Weight& w = held.weight;
+        const auto [first, last] = blocks.value_or(std::pair<int64_t, int64_t>(0, blocks_of(w)));
+        if (first < 0 || last > blocks_of(w)) throw std::invalid_argument("blocks beyond the weight's");
+        Activations room;
         nb::gil_scoped_release released;
-        const Request r = request(pool, kernels, buffer, held.weight, x, y, blocks, exact, add);
-        spread(pool, r.first, r.last,
-               [&](int64_t begin, int64_t end) { kernels.linear(held.weight, r.rows, begin, end, r.out); });
+        const Rows rows = prepared(pool, kernels, room, w, x, y);
+        spread(pool, first, last,
+               [&](int64_t begin, int64_t end) { kernels.linear(w, rows, begin, end, {y.data(), w.n, add}); });
       },
       nb::arg("pool"), nb::arg("isa"), nb::arg("weight"), nb::arg("x"), nb::arg("y"),
-      nb::arg("blocks") = nb::none(), nb::arg("exact") = false, nb::arg("add") = false);
+      nb::arg("blocks") = nb::none(), nb::arg("add") = false);
 
   m.def(
       "swiglu",
-      [](Pool& pool, const std::string& isa, const HeldWeight& w1, const HeldWeight& w3, Array<const float> x,
-         Array<float> y, bool exact, bool add) {
+      [](Pool& pool, const std::string& isa, const HeldWeight& held1, const HeldWeight& held3, Array<const float> x,
+         Array<float> y) {
         const Kernels& kernels = kernels_named(isa);
-        if (w1.weight.format != w3.weight.format || w1.weight.n != w3.weight.n || w1.weight.k != w3.weight.k ||
-            w1.weight.group != w3.weight.group)
+        const Weight &w1 = held1.weight, &w3 = held3.weight;
+        if (!alike(w1, w3) || w1.n != w3.n || w1.k != w3.k)
           throw std::invalid_argument("w1 and w3 must have one shape and format");
-        RowsBuffer buffer;
+        Activations room;
         nb::gil_scoped_release released;
-        const Request r = request(pool, kernels, buffer, w1.weight, x, y, std::nullopt, exact, add);
-        spread(pool, r.first, r.last,
-               [&](int64_t begin, int64_t end) { kernels.swiglu(w1.weight, w3.weight, r.rows, begin, end, r.out); });
+        const Rows rows = prepared(pool, kernels, room, w1, x, y);
+        spread(pool, 0, blocks_of(w1),
+               [&](int64_t begin, int64_t end) { kernels.swiglu(w1, w3, rows, begin, end, {y.data(), w1.n}); });
       },
-      nb::arg("pool"), nb::arg("isa"), nb::arg("w1"), nb::arg("w3"), nb::arg("x"), nb::arg("y"),
-      nb::arg("exact") = false, nb::arg("add") = false);
+      nb::arg("pool"), nb::arg("isa"), nb::arg("w1"), nb::arg("w3"), nb::arg("x"), nb::arg("y"));
 
   m.def("read_limit", [](Pool& pool, const std::string& isa, AnyArray memory) {
     const Kernels& kernels = kernels_named(isa);

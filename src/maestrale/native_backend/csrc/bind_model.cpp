@@ -20,8 +20,8 @@ struct HeldModel {
   std::vector<HeldWeight> weights;
   std::vector<AnyArray> arrays;
 
-  HeldModel(Shape shape, int64_t page_size, Kept kept, bool exact, const Kernels& kernels, int threads)
-      : model(std::move(shape), page_size, kept, exact, kernels, threads) {}
+  HeldModel(Shape shape, int64_t page_size, Kept kept, const Kernels& kernels, int threads)
+      : model(std::move(shape), page_size, kept, kernels, threads) {}
   HeldModel(const HeldModel&) = delete;
 
   const Weight& hold(const HeldWeight& held, int64_t n, int64_t k) {
@@ -44,13 +44,13 @@ struct HeldModel {
 
 void make(HeldModel* self, int64_t dim, int64_t n_heads, int64_t n_kv_heads, int64_t head_dim, int64_t hidden_dim,
           int64_t vocab_size, int64_t n_chosen, float norm_eps, const Floats& speeds, int64_t page_size,
-          const std::string& cached, bool exact, const std::string& isa, int threads) {
+          const std::string& cached, const std::string& isa, int threads) {
   if (head_dim < 2 || head_dim % 2 || head_dim > kMaxHead || n_kv_heads < 1 || n_heads % n_kv_heads ||
       int64_t(speeds.size()) != head_dim / 2 || page_size < 1 || threads < 1 || threads > 1024)
     throw std::invalid_argument("a shape that no model has");
   Shape shape{dim, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size, n_chosen, norm_eps, {}};
   shape.speeds.assign(speeds.data(), speeds.data() + speeds.size());
-  new (self) HeldModel(std::move(shape), page_size, kept_named(cached), exact, kernels_named(isa), threads);
+  new (self) HeldModel(std::move(shape), page_size, kept_named(cached), kernels_named(isa), threads);
 }
 
 // pool: uint8 [pages * page_bytes], zeros or anything else.
@@ -151,8 +151,8 @@ void bind_model(nb::module_& m) {
   nb::class_<HeldModel>(m, "Model")
       .def("__init__", &make, nb::kw_only(), nb::arg("dim"), nb::arg("n_heads"), nb::arg("n_kv_heads"),
            nb::arg("head_dim"), nb::arg("hidden_dim"), nb::arg("vocab_size"), nb::arg("n_chosen"),
-           nb::arg("norm_eps"), nb::arg("speeds"), nb::arg("page_size"), nb::arg("cache"), nb::arg("exact"),
-           nb::arg("isa"), nb::arg("threads"))
+           nb::arg("norm_eps"), nb::arg("speeds"), nb::arg("page_size"), nb::arg("cache"), nb::arg("isa"),
+           nb::arg("threads"))
       .def(
           "page_bytes", [](const HeldModel& self, int64_t layers) { return self.model.page_units(layers) * 4; },
           nb::arg("layers"))

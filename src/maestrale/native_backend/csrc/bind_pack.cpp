@@ -1,5 +1,5 @@
-// The packed layouts of linear.h, written fast, and rounding into them. In all of them a row is a series of 4-byte words (one fp32, two bf16,
-// four int8, eight nibbles), and a block holds word after word of its 16 rows.
+// The packed layouts of linear.h, written fast, and rounding into them. A row is a series of 4-byte words (one fp32, two
+// bf16, four int8), and a block holds word after word of its 16 rows.
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -19,12 +19,10 @@ uint32_t word_of(const uint8_t* p, int64_t bytes) {
   return word;
 }
 
-// The word of eight codes: the low nibbles are the first four's.
-uint32_t word_of_codes(const uint8_t* p) { return word_of(p, 4) | word_of(p + 4, 4) << 4; }
+constexpr int64_t kWords = 16;  // a cache line of each row at a time
 
 // A whole block of rows of whole words, at the memory's speed.
 void pack_words(const uint8_t* rows, int64_t row_bytes, uint32_t* block) {
-  constexpr int64_t kWords = 16;  // a cache line of each row at a time
   const int64_t words = row_bytes / 4;
   for (int64_t first = 0; first < words; first += kWords) {
     const int64_t end = first + kWords < words ? first + kWords : words;
@@ -33,16 +31,13 @@ void pack_words(const uint8_t* rows, int64_t row_bytes, uint32_t* block) {
   }
 }
 
-void pack_block(const uint8_t* rows, int64_t count, int64_t row_bytes, bool codes, uint32_t* block) {
-  if (!codes && count == kBlock && row_bytes % 4 == 0) return pack_words(rows, row_bytes, block);
-  const int64_t step = codes ? 8 : 4, words = (row_bytes + step - 1) / step;
-  constexpr int64_t kWords = 16;  // a cache line of each row at a time
+void pack_block(const uint8_t* rows, int64_t count, int64_t row_bytes, uint32_t* block) {
+  if (count == kBlock && row_bytes % 4 == 0) return pack_words(rows, row_bytes, block);
+  const int64_t words = (row_bytes + 3) / 4;
   for (int64_t first = 0; first < words; first += kWords)
     for (int64_t o = 0; o < kBlock; ++o)
-      for (int64_t word = first; word < first + kWords && word < words; ++word) {
-        const uint8_t* p = rows + o * row_bytes + word * step;
-        block[word * kBlock + o] = o >= count ? 0 : codes ? word_of_codes(p) : word_of(p, row_bytes - word * step);
-      }
+      for (int64_t word = first; word < first + kWords && word < words; ++word)
+        block[word * kBlock + o] = o >= count ? 0 : word_of(rows + o * row_bytes + word * 4, row_bytes - word * 4);
 }
 
 Stored stored_named(const std::string& dtype) {
@@ -55,13 +50,13 @@ Stored stored_named(const std::string& dtype) {
 }  // namespace
 
 void bind_pack(nb::module_& m) {
-  // rows [n, k] of fp32, bf16 patterns, int8 or (codes) numbers from 0 to 15, one a byte; data: room for the blocks.
+  // rows [n, k] of fp32, bf16 patterns or int8; data: room for the blocks.
   m.def(
       "pack",
-      [](Pool& pool, AnyArray rows, bool codes, Array<uint32_t> data) {
-        if (rows.ndim() != 2 || (codes && rows.shape(1) % 8)) throw std::invalid_argument("rows must be [n, k]");
+      [](Pool& pool, AnyArray rows, Array<uint32_t> data) {
+        if (rows.ndim() != 2) throw std::invalid_argument("rows must be [n, k]");
         const int64_t n = int64_t(rows.shape(0)), bytes = int64_t(rows.shape(1) * rows.itemsize());
-        const int64_t words = codes ? bytes / 8 : (bytes + 3) / 4, blocks = (n + kBlock - 1) / kBlock;
+        const int64_t words = (bytes + 3) / 4, blocks = (n + kBlock - 1) / kBlock;
         if (int64_t(data.size()) != blocks * words * kBlock) throw std::invalid_argument("data has not the size");
         const auto* from = static_cast<const uint8_t*>(rows.data());
         uint32_t* to = data.data();
@@ -69,11 +64,11 @@ void bind_pack(nb::module_& m) {
         pool.run([&](int thread) {
           for (int64_t b = blocks * thread / pool.size(); b < blocks * (thread + 1) / pool.size(); ++b) {
             const int64_t left = n - b * kBlock;
-            pack_block(from + b * kBlock * bytes, left < kBlock ? left : kBlock, bytes, codes, to + b * words * kBlock);
+            pack_block(from + b * kBlock * bytes, left < kBlock ? left : kBlock, bytes, to + b * words * kBlock);
           }
         });
       },
-      nb::arg("pool"), nb::arg("rows"), nb::arg("codes"), nb::arg("data"));
+      nb::arg("pool"), nb::arg("rows"), nb::arg("data"));
 
   // rows [n, k] of that dtype, rounded into the parts of an int8 weight (row_scales, sums) or of an int4 one (scales);
   // False where they hold NaN, Inf, or values whose scale is beyond float16.

@@ -66,7 +66,7 @@ const std::vector<const Kernels*>& kernels() {
 
 const Kernels* find_kernels(const std::string& isa) {
   for (const Kernels* table : kernels())
-    if (isa.empty() || isa == table->isa) return table;
+    if (isa == table->isa) return table;
   return nullptr;
 }
 

@@ -52,7 +52,7 @@ struct Kernels {
 // The tables that this processor can run, the fastest first; `generic` is the last of those for use.
 const std::vector<const Kernels*>& kernels();
 
-// The table of that name, the fastest for an empty name; null where the processor (or the build) has none.
+// The table of that name; null where the processor (or the build) has none.
 const Kernels* find_kernels(const std::string& isa);
 
 }  // namespace maestrale

@@ -32,12 +32,14 @@ struct Weight {
   const float* offsets;      // int4, affine only; else null
 };
 
+// Whether both take rows of one form.
+inline bool alike(const Weight& a, const Weight& b) { return a.format == b.format && a.group == b.group; }
+
 // Rows of activations in the form that a weight's format multiplies with: `prepare` makes them from fp32.
 //   f32: x as it is. bf16: rounded to nearest even. int8, int4: q = round(x * 127 / max|x|) for each row, with the
 //   scale max|x| / 127; for int4 also -8 times the sum of q over each `group` inputs.
-// An int8 or int4 weight takes bf16 rows too: that is the exact product, in which nothing but the weight is quantized.
 struct Rows {
-  Format format;           // of the rows, not of the weight
+  Format format;
   int64_t count, k;
   int64_t group;           // int4
   int64_t stride;          // bytes from one row of `data` to the next: row_bytes(format, k)
@@ -60,7 +62,8 @@ inline int64_t block_bytes(const Weight& w) {
 
 inline int64_t blocks_of(const Weight& w) { return (w.n + kBlock - 1) / kBlock; }
 
-// Where a product goes: y[t * stride + o] = or += the sum, for the outputs o < n of the blocks asked for.
+// Where a product goes: y[t * stride + o] = or, of a linear layer, += the sum, for the outputs o < n of the blocks asked
+// for.
 struct Output {
   float* y;
   int64_t stride;

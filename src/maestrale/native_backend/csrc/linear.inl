@@ -170,63 +170,6 @@ struct Grouped {
   }
 };
 
-// int8 and int4 weights with bf16 rows: every weight is widened to fp32 and multiplied there.
-struct Exact {
-  template <int R, int V>
-  static void tile(const Weight& w, const Rows& rows, int64_t row, int64_t block, const Output& out, const Ahead&) {
-    Floats totals[R][V];
-    for (int v = 0; v < V; ++v) {
-      for (int r = 0; r < R; ++r) totals[r][v] = floats(0);
-      if (w.format == Format::int8)
-        bytes<R, V>(w, rows, row, block, v, totals);
-      else
-        nibbles<R, V>(w, rows, row, block, v, totals);
-    }
-    put<R, V>(totals, w, row, block, out);
-  }
-
- private:
-  static const uint16_t* x_of(const Rows& rows, int64_t row) {
-    return reinterpret_cast<const uint16_t*>(static_cast<const uint8_t*>(rows.data) + row * rows.stride);
-  }
-
-  static Floats widened(uint16_t x) { return bits_to_floats(ints(int32_t(uint32_t(x) << 16))); }
-
-  template <int R, int V>
-  static void bytes(const Weight& w, const Rows& rows, int64_t row, int64_t block, int v, Floats (&totals)[R][V]) {
-    const int64_t steps = (w.k + 3) / 4;
-    const int32_t* data = static_cast<const int32_t*>(w.data) + (block + v) * steps * kBlock;
-    for (int64_t step = 0; step < steps; ++step) {
-      const Ints four = load(data + step * kBlock);
-      const Floats q[4] = {to_floats(right<24>(left<24>(four))), to_floats(right<24>(left<16>(four))),
-                           to_floats(right<24>(left<8>(four))), to_floats(right<24>(four))};
-      for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 4; ++j)  // a row is padded with zeros beyond k
-          totals[r][v] = fma(q[j], widened(x_of(rows, row + r)[step * 4 + j]), totals[r][v]);
-    }
-    for (int r = 0; r < R; ++r) totals[r][v] = totals[r][v] * load(w.row_scales + (block + v) * kBlock);
-  }
-
-  template <int R, int V>
-  static void nibbles(const Weight& w, const Rows& rows, int64_t row, int64_t block, int v, Floats (&totals)[R][V]) {
-    const int64_t steps = w.k / 8, groups = w.k / w.group;
-    const int32_t* data = static_cast<const int32_t*>(w.data) + (block + v) * steps * kBlock;
-    for (int64_t step = 0; step < steps; ++step) {
-      const Ints all = load(data + step * kBlock), mask = ints(15);
-      const int64_t at = ((block + v) * groups + step * 8 / w.group) * kBlock;
-      const Floats scale = load_half(w.scales + at);
-      const Floats offset = w.offsets ? load(w.offsets + at) : floats(-8) * scale;
-      const Ints q[8] = {all & mask,          right<8>(all) & mask,  right<16>(all) & mask, right<24>(all) & mask,
-                         right<4>(all) & mask, right<12>(all) & mask, right<20>(all) & mask, right<28>(all) & mask};
-      for (int j = 0; j < 8; ++j) {
-        const Floats value = fma(to_floats(q[j]), scale, offset);
-        for (int r = 0; r < R; ++r)
-          totals[r][v] = fma(value, widened(x_of(rows, row + r)[step * 8 + j]), totals[r][v]);
-      }
-    }
-  }
-};
-
 // `count` rows, from `least` to R, times V blocks.
 template <class Kind, int least, int R, int V>
 inline void some_rows(const Weight& w, const Rows& rows, int64_t row, int64_t count, int64_t block, const Output& out,
@@ -274,7 +217,6 @@ inline void multiply(const Weight& w, const Rows& rows, int64_t first, int64_t l
 inline void linear(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
   if (w.format == Format::f32) return multiply<Plain<FloatProduct>, kPlainTile>(w, rows, first, last, out);
   if (w.format == Format::bf16) return multiply<Plain<PairProduct>, kPlainTile>(w, rows, first, last, out);
-  if (rows.format == Format::bf16) return every_block<Exact, 1, 4, 1>(w, rows, first, last, out);
   if (w.format == Format::int8) return multiply<Plain<ByteProduct>, kPlainTile>(w, rows, first, last, out);
   if (w.offsets) return multiply<Grouped<true>, kGroupedTile>(w, rows, first, last, out);
   multiply<Grouped<false>, kGroupedTile>(w, rows, first, last, out);
@@ -301,9 +243,7 @@ inline void swiglu_of(const Weight& w1, const Weight& w3, const Rows& rows, int6
         for (int64_t i = 0; i < wide; i += kBlock) {
           const int64_t n = wide - i < kBlock ? wide - i : kBlock;
           const Floats a = load_first(gate + t * kWide + i, n), b = load_first(up + t * kWide + i, n);
-          float* y = out.y + (row + t) * out.stride + o + i;
-          const Floats joined = silu(a) * b;
-          store_first(y, out.add ? load_first(y, n) + joined : joined, n);
+          store_first(out.y + (row + t) * out.stride + o + i, silu(a) * b, n);
         }
     }
   }

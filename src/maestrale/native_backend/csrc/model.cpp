@@ -30,15 +30,13 @@ float from_half(uint16_t bits) {
 
 }  // namespace
 
-Model::Model(Shape shape, int64_t page_size, Kept kept, bool exact, const Kernels& kernels, int threads)
+Model::Model(Shape shape, int64_t page_size, Kept kept, const Kernels& kernels, int threads)
     : shape_(std::move(shape)),
       head_(head_layout(shape_.head_dim, page_size, kept)),
       kernels_(kernels),
-      shared_(exact),
-      orders_(threads),
-      pool_(threads) {
-  for (int thread = 0; thread < threads; ++thread) own_.emplace_back(exact);
-}
+      own_(size_t(threads)),
+      orders_(size_t(threads)),
+      pool_(threads) {}
 
 void Model::add_layer(Layer layer) {
   const auto note = [&](Desk& desk) {
@@ -75,6 +73,7 @@ void Model::check(const Step& step) const {
   demand((step.hidden_out != nullptr) != has_head(), "hidden rows go out where there is no head");
   for (int64_t b = 0; b < step.sequences; ++b) {
     demand(step.starts[b] < step.starts[b + 1], "a sequence has no rows");
+    demand(step.starts[b + 1] <= step.rows, "a sequence ends behind the step's rows");
     for (int64_t t = step.starts[b]; t < step.starts[b + 1]; ++t) {
       if (has_embeddings()) demand(step.tokens[t] >= 0 && step.tokens[t] < shape_.vocab_size, "a token's id");
       demand(step.positions[t] >= 0 && step.positions[t] < int64_t(1) << 31, "a position");

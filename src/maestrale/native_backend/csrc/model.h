@@ -31,8 +31,6 @@ struct FeedForward {
   Weight w1, w2, w3;
 };
 
-inline bool alike(const Weight& a, const Weight& b) { return a.format == b.format && a.group == b.group; }
-
 struct Layer {
   const float* attention_norm;
   Weight wq, wk, wv, wo;
@@ -62,8 +60,7 @@ struct Step {
 
 class Model {
  public:
-  // kept: how the cache holds keys and values. exact: activations meet int8 and int4 weights in bf16.
-  Model(Shape shape, int64_t page_size, Kept kept, bool exact, const Kernels& kernels, int threads);
+  Model(Shape shape, int64_t page_size, Kept kept, const Kernels& kernels, int threads);
 
   void add_kind(const CacheKind& kind) { kinds_.push_back(kind); }
   void add_layer(Layer layer);
@@ -82,7 +79,6 @@ class Model {
  private:
   // Rows prepared for products: of all threads together, or of one thread where there is a single row.
   struct Desk {
-    explicit Desk(bool exact) : dim(exact), heads(exact), hidden(exact), gathered(exact) {}
     Activations dim, heads, hidden, gathered;
     Buffer<float> normed;    // [rows][dim]
     Buffer<int32_t> experts;  // [rows][n_chosen], ascending

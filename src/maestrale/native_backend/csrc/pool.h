@@ -15,19 +15,17 @@ namespace maestrale {
 
 class Pool {
  public:
+  // std::system_error where the system starts no more threads; those that it has started end first.
   explicit Pool(int size) : size_(size) {
-    for (int thread = 1; thread < size; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+    try {
+      for (int thread = 1; thread < size; ++thread) workers_.emplace_back([this, thread] { serve(thread); });
+    } catch (...) {
+      close();
+      throw;
+    }
   }
 
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closing_ = true;
-      round_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~Pool() { close(); }
 
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -61,6 +59,16 @@ class Pool {
   }
 
  private:
+  void close() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+      round_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
   void serve(int thread) {
     for (unsigned seen = 0;;) {
       await(seen);

@@ -171,7 +171,7 @@ inline void multiply_tiled(const Weight& w, const Rows& rows, int64_t first, int
 inline void linear_tiled(const Weight& w, const Rows& rows, int64_t first, int64_t last, const Output& out) {
   if (rows.count == 0 || first >= last) return;
   if (w.format == Format::bf16) return multiply_tiled<PlainTiles<PairTiles>>(w, rows, first, last, out);
-  if (rows.count >= kTiledRows && rows.format == w.format) {
+  if (rows.count >= kTiledRows) {
     if (w.format == Format::int8) return multiply_tiled<PlainTiles<ByteTiles>>(w, rows, first, last, out);
     if (w.format == Format::int4 && w.group % 32 == 0)
       return w.offsets ? multiply_tiled<GroupedTiles<true>>(w, rows, first, last, out)

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from maestrale.torch_backend.triton.ahead import LAUNCH, begin, wait
 from maestrale.torch_backend.triton.dot import dot
 from maestrale.torch_backend.triton.tiles import Tiles
 
@@ -42,6 +43,8 @@ def _attend(
 
     WINDOW: 0 where there is none. A row that sees nothing (a padded sequence, at position -1) gives zeros.
     """
+    begin()
+    wait()
     tile, g, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, first, count = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     at = tl.arange(0, QUERIES * HEADS)
@@ -100,6 +103,8 @@ def _join(
     H: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of one row, head): the splits of one query's head become its output."""
+    begin()
+    wait()
     row, head = tl.load(tiles + tl.program_id(0) * 3 + 1), tl.program_id(1)
     s, c = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     part = (row * H + head).to(tl.int64) * n_splits + s
@@ -132,25 +137,27 @@ def attend(
     heads, width = triton.next_power_of_2(H // G), max(16, triton.next_power_of_2(C))
     y_THC = torch.empty((T, H, C), dtype=q_THC.dtype, device=q_THC.device)
     scale = C**-0.5 * _LOG2E
-    wide = q_THC.element_size() > 2 or width > 128
+    wide, fp8 = q_THC.element_size() > 2 or width > 128, k_SGC.element_size() == 1
     for part, splits, queries in (
         (tiles.chunks, 1, tiles.queries),
         (tiles.decodes, tiles.splits, max(1, 16 // heads)),
     ):
         if not len(part):
             continue
+        many = queries * heads > 64
+        keys = (16 if width > 32 else 32) if wide else 128 if many and not fp8 else 64  # as many as fit the registers
         parts = T * H * splits if splits > 1 else 1
         sums = torch.empty((parts, C), dtype=torch.float32, device=q_THC.device)
         peaks, weights = torch.empty((2, parts), dtype=torch.float32, device=q_THC.device)
         _attend[(len(part), G, splits)](
             q_THC, k_SGC, v_SGC, y_THC, sums, peaks, weights, part, positions_T, table_BR,
             table_BR.shape[1], scale, splits, q_THC.stride(0),
-            H=H, G=G, C=C, PAGE=page_size, WINDOW=window or 0, HEADS=heads, QUERIES=queries, KEYS=32 if wide else 64,
-            WIDTH=width, SPLIT=splits > 1, num_warps=8 if queries * heads > 64 else 4, num_stages=2,
+            H=H, G=G, C=C, PAGE=page_size, WINDOW=window or 0, HEADS=heads, QUERIES=queries, KEYS=keys,
+            WIDTH=width, SPLIT=splits > 1, num_warps=8 if many else 4, num_stages=2, **LAUNCH,
         )  # fmt: skip
         if splits > 1:
             _join[(len(part), H)](
                 sums, peaks, weights, y_THC, part, splits,
-                H=H, C=C, WIDTH=width, SPLITS=triton.next_power_of_2(splits),
+                H=H, C=C, WIDTH=width, SPLITS=triton.next_power_of_2(splits), **LAUNCH,
             )  # fmt: skip
     return y_THC

@@ -8,12 +8,13 @@ in the order of their experts (N5).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 
+from maestrale.torch_backend.triton.ahead import LAUNCH, begin, wait
 from maestrale.torch_backend.triton.dot import dot
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def _route(
     K: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
     """One program. scores [T, E] → what `group` says."""
+    begin()
+    wait()
     t, e = tl.arange(0, TOKENS), tl.arange(0, EXPERTS)
     real = (t < T)[:, None] & (e < E)[None, :]
     score = tl.load(scores + t[:, None] * E + e[None, :], mask=real, other=-float("inf")).to(tl.float32)
@@ -86,6 +89,8 @@ def _up(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, tile): h [pairs, F] = silu(x w1^T) * (x w3^T). w13 [E, 2, F, D]."""
+    begin()
+    wait()
     expert, first, last = tile_of(counts, E, EXPERTS, ROWS)
     if expert < E:
         pair, f, d = first + tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
@@ -111,6 +116,8 @@ def _down(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, tile): y [pairs, D] = weight * (h w2^T), rounded as the layer's and the product's would be."""
+    begin()
+    wait()
     expert, first, last = tile_of(counts, E, EXPERTS, ROWS)
     if expert < E:
         pair, d, f = first + tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, IN)
@@ -129,6 +136,8 @@ def _down(
 @triton.jit
 def _sum(pairs, places, y, D, K: tl.constexpr, WIDTH: tl.constexpr):
     """Program (token, outputs): the rows of a token's experts, added in ascending order of the experts."""
+    begin()
+    wait()
     t, d = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float32)
     for k in tl.static_range(K):
@@ -156,6 +165,7 @@ def group(scores_TE: torch.Tensor, n_chosen: int) -> Grouped:
     _route[(1,)](
         scores_TE, tokens, weights, places, counts, T, E,
         K=n_chosen, TOKENS=max(2, triton.next_power_of_2(T)), EXPERTS=max(2, triton.next_power_of_2(E)),
+        **LAUNCH,
     )  # fmt: skip
     return tokens, weights, places, counts
 
@@ -195,7 +205,7 @@ def experts(
     else:
         y_pairs = w2.down(h, weights, counts, rows)
     y_TD, width = torch.empty_like(x_TD), min(1024, triton.next_power_of_2(D))
-    _sum[(T, triton.cdiv(D, width))](y_pairs, places, y_TD, D, K=places.shape[1], WIDTH=width)
+    _sum[(T, triton.cdiv(D, width))](y_pairs, places, y_TD, D, K=places.shape[1], WIDTH=width, **LAUNCH)
     return y_TD
 
 
@@ -204,10 +214,10 @@ def n_tiles(pairs: int, n_experts: int, rows: int) -> int:
     return pairs // rows + min(n_experts, pairs)
 
 
-def _launch(n_experts: int, rows: int) -> dict[str, int]:
+def _launch(n_experts: int, rows: int) -> dict[str, Any]:
     few = rows <= 32
     shape = {"EXPERTS": max(2, triton.next_power_of_2(n_experts)), "ROWS": rows, "IN": 128 if few else 64}
-    return shape | {"num_warps": 4 if few else 8, "num_stages": 4 if few else 3}
+    return shape | {"num_warps": 4 if few else 8, "num_stages": 4 if few else 3} | LAUNCH
 
 
 def _whole_up(

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from maestrale.checkpoint.packed import BLOCK, PackedWeight
 from maestrale.checkpoint.packed_room import is_linear
+from maestrale.torch_backend.triton.ahead import LAUNCH, begin, wait
 from maestrale.torch_backend.triton.dot import dot
 
 FEW = 64  # rows: above, unpacking costs less than reading the words again for each tile of rows
@@ -75,12 +76,14 @@ def packed_sums(
 
 
 @triton.jit
-def _product(
+def _some_rows(
     x, data, scales, offsets, y, T, N, K, n_words, n_groups,
     BITS: tl.constexpr, GROUP: tl.constexpr, AFFINE: tl.constexpr, FP8: tl.constexpr,
     ROWS: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Program: OUT outputs of all rows."""
+    begin()
+    wait()
     n, t = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, ROWS)
     sums = packed_sums(
         x + t * K, t < T, data, scales, offsets, n, N, K, n_words, n_groups,
@@ -162,9 +165,10 @@ class PackedLinear(nn.Module):
         grid = (triton.cdiv(N, out),)
         if T == 0:
             return y_TN
-        _product[grid](
+        _some_rows[grid](
             x_TK, self.data, self.scales, self.scales if self.offsets is None else self.offsets, y_TN,
             T, N, K, *self.extents, **self.constants, ROWS=rows, OUT=out, WORDS=32, num_warps=4, num_stages=4,
+            **LAUNCH,
         )  # fmt: skip
         return y_TN
 

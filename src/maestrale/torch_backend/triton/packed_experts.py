@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from maestrale.torch_backend.triton.ahead import LAUNCH, begin, wait
 from maestrale.torch_backend.triton.experts import gated, n_tiles, tile_of, weighed
 from maestrale.torch_backend.triton.packed import PackedLinear, laid_together, packed_sums
 
@@ -22,6 +23,8 @@ def _up_packed(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """As _up of experts.py; an expert's w1 lies before its w3."""
+    begin()
+    wait()
     expert, first, last = tile_of(counts, E, EXPERTS, ROWS)
     if expert < E:
         pair, f = first + tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
@@ -47,6 +50,8 @@ def _down_packed(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """As _down of experts.py."""
+    begin()
+    wait()
     expert, first, last = tile_of(counts, E, EXPERTS, ROWS)
     if expert < E:
         pair, d = first + tl.arange(0, ROWS), tl.program_id(0) * OUT + tl.arange(0, OUT)
@@ -88,4 +93,4 @@ class PackedStack:
 
     def _constants(self, n_experts: int, rows: int) -> dict[str, Any]:
         tile = {"EXPERTS": max(2, triton.next_power_of_2(n_experts)), "ROWS": rows, "OUT": _OUT, "WORDS": 32}
-        return self._first.constants | tile | {"num_warps": 8, "num_stages": 3}
+        return self._first.constants | tile | {"num_warps": 8, "num_stages": 3} | LAUNCH

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from maestrale.torch_backend.triton.ahead import LAUNCH, begin, wait
 from maestrale.torch_backend.triton.attention import slot
 from maestrale.torch_backend.triton.dot import INTERPRETED
 
@@ -17,6 +18,8 @@ from maestrale.torch_backend.triton.dot import INTERPRETED
 @triton.jit
 def _norm(x, added, weight, sums, y, D, eps, ADDED: tl.constexpr, WIDTH: tl.constexpr):
     """Program: a row. N3: in fp32, rounded, then the weight."""
+    begin()
+    wait()
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     value = tl.load(x + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     if ADDED:
@@ -29,7 +32,7 @@ def _norm(x, added, weight, sums, y, D, eps, ADDED: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def _kept(x, pool):
+def kept(x, pool):
     """As the pool keeps it: torch_backend/cache.py's rule for fp8."""
     if pool.dtype.element_ty == tl.float8e4nv:
         x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
@@ -45,12 +48,14 @@ def _turn_and_keep(
     qkv, k_pool, v_pool, cos, sin, positions, sequences, tables, ring,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Program: a row of q, k and v together. q is turned in place; k, turned, and v go to the cache (N4)."""
+    """Program (row, heads) of q, k and v together. q is turned in place; k, turned, and v go to the cache (N4)."""
+    begin()
+    wait()
     t = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + t)
     if position >= 0:  # padding is written nowhere
         where = slot(tables, tl.load(sequences + t), position, ring, True, PAGE)
-        head, j = tl.arange(0, HEADS), tl.arange(0, HALF)
+        head, j = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
         here = j < C // 2
         c, s = (
             tl.load(cos + t * (C // 2) + j, mask=here, other=0.0),
@@ -67,17 +72,19 @@ def _turn_and_keep(
         tl.store(at + 1, imaginary, mask=is_q)
         is_k = turned & (head >= H)[:, None]
         to_k = k_pool + (where * G + (head - H)[:, None]) * C + 2 * j[None, :]
-        tl.store(to_k, _kept(real, k_pool), mask=is_k)
-        tl.store(to_k + 1, _kept(imaginary, k_pool), mask=is_k)
+        tl.store(to_k, kept(real, k_pool), mask=is_k)
+        tl.store(to_k + 1, kept(imaginary, k_pool), mask=is_k)
         is_v = ((head >= H + G) & (head < H + 2 * G))[:, None] & here[None, :]
         to_v = v_pool + (where * G + (head - H - G)[:, None]) * C + 2 * j[None, :]
-        tl.store(to_v, _kept(tl.load(at, mask=is_v, other=0.0), v_pool), mask=is_v)
-        tl.store(to_v + 1, _kept(tl.load(at + 1, mask=is_v, other=0.0), v_pool), mask=is_v)
+        tl.store(to_v, kept(tl.load(at, mask=is_v, other=0.0), v_pool), mask=is_v)
+        tl.store(to_v + 1, kept(tl.load(at + 1, mask=is_v, other=0.0), v_pool), mask=is_v)
 
 
 @triton.jit
 def _silu_product(both, y, F, WIDTH: tl.constexpr):
     """Program (row, outputs): silu of the row's first half times its second."""
+    begin()
+    wait()
     t, f = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     one = tl.load(both + t * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
     three = tl.load(both + t * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
@@ -97,6 +104,7 @@ def norm(
         _norm[(T,)](
             x_TD, x_TD if added_TD is None else added_TD, weight_D, sums_TD, y_TD, D, eps,
             ADDED=added_TD is not None, WIDTH=width, num_warps=8 if width > 2048 else 4,
+            **LAUNCH,
         )  # fmt: skip
     return sums_TD, y_TD
 
@@ -118,10 +126,11 @@ def turn_and_keep(
     """
     (_, G, C), (T, width) = k_SGC.shape, qkv.shape
     H = width // C - 2 * G
-    _turn_and_keep[(T,)](
+    heads = min(16, triton.next_power_of_2(H + 2 * G))
+    _turn_and_keep[(T, triton.cdiv(H + 2 * G, heads))](
         qkv, k_SGC, v_SGC, cos_TC, sin_TC, positions_T, sequences_T, table_BR, table_BR.shape[1],
-        H=H, G=G, C=C, PAGE=page_size, HEADS=triton.next_power_of_2(H + 2 * G), HALF=triton.next_power_of_2(C // 2),
-        num_warps=8,
+        H=H, G=G, C=C, PAGE=page_size, HEADS=heads, HALF=triton.next_power_of_2(C // 2),
+        num_warps=4, **LAUNCH,
     )  # fmt: skip
     return qkv[:, : H * C].unflatten(-1, (H, C))
 
@@ -131,5 +140,5 @@ def silu_product(both_TF: torch.Tensor) -> torch.Tensor:
     T, F = both_TF.shape[0], both_TF.shape[1] // 2
     y_TF = both_TF.new_empty(T, F)
     width = min(1024, triton.next_power_of_2(F))
-    _silu_product[(T, triton.cdiv(F, width))](both_TF, y_TF, F, WIDTH=width)
+    _silu_product[(T, triton.cdiv(F, width))](both_TF, y_TF, F, WIDTH=width, **LAUNCH)
     return y_TF

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from maestrale.torch_backend.staging import put
 
-_PROGRAMS = 1056  # of decoding attention that fill a large GPU: 8 on each of 132 multiprocessors
+_PROGRAMS = 528  # of decoding attention that fill a large GPU: 4 on each of 132 multiprocessors, which holds 5
 _MAX_SPLITS = 32
 
 
@@ -34,9 +34,9 @@ def n_splits(n_decodes: int, n_kv_heads: int) -> int:
 
 
 def tile_queries(n_heads: int, n_kv_heads: int) -> int:
-    """Queries of a chunk's tile: as many as make 64 rows with the heads of a kv head, at least one."""
+    """Queries of a chunk's tile: as many as make 128 rows with the heads of a kv head, at least one."""
     heads = 1 << (n_heads // n_kv_heads - 1).bit_length()
-    return max(1, 64 // heads)
+    return max(1, 128 // heads)
 
 
 def deal(starts: NDArray[np.int64], n_heads: int, n_kv_heads: int, device: torch.device) -> Tiles:
