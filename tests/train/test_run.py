@@ -14,7 +14,7 @@ import torch
 from tiny_training import tiny_config, tiny_mixture, tiny_settings
 
 from maestrale.checkpoint.reader import open_checkpoint
-from maestrale.errors import MaestraleError, UsageError
+from maestrale.errors import CheckpointError, MaestraleError, UsageError
 from maestrale.text.tokenizer import load_tokenizer
 from maestrale.torch_backend.model import Transformer
 from maestrale.torch_backend.train import loop, run
@@ -169,6 +169,19 @@ def test_a_pattern_that_names_no_file_is_refused(settings):
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused(settings):
     with pytest.raises(UsageError, match="cannot learn a tokenizer"):
         train(settings(model=tiny_config(vocab_size=9000)))
+
+
+def test_a_tokenizer_that_is_a_pipe_or_no_tokenizer_is_refused_in_a_line(settings, tmp_path):
+    """A pipe that nobody writes to would keep the run waiting."""
+    os.mkfifo(tmp_path / "pipe.model")
+    (tmp_path / "noise.model").write_bytes(b"no tokenizer" * 50)
+    for name, said in (
+        ("pipe", "is not a regular file"),
+        ("noise", "damaged, or no SentencePiece"),
+        ("no", "cannot read"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name}\.model: {said}"):
+            train(settings(tokenizer=str(tmp_path / f"{name}.model")))
 
 
 def test_the_verb_says_what_is_wrong_and_prints_json(settings, tmp_path, corpus, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from maestrale.checkpoint.dtypes import StoredTensor
+from maestrale.checkpoint.jsonfile import read_bounded
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.checkpoint.writer import atomic_file, save_checkpoint
 from maestrale.errors import UsageError
@@ -23,7 +24,7 @@ from maestrale.torch_backend.train.objective import Language, Objective
 from maestrale.torch_backend.train.packing import Packed, pack
 from maestrale.torch_backend.train.report import model_card
 from maestrale.torch_backend.train.settings import TrainSettings
-from maestrale.torch_backend.train.text import find_files, load_tokenizer, read_documents, train_tokenizer
+from maestrale.torch_backend.train.text import find_files, load_pieces, read_documents, train_tokenizer
 from maestrale.torch_backend.train.unlikely import language
 
 _NATS_PER_BIT = math.log(2)
@@ -100,15 +101,15 @@ def _prepare(settings: TrainSettings, folder: Path, resume: bool) -> tuple[Objec
         if settings.tokenizer is None:
             content = train_tokenizer(documents, settings.model.vocab_size, torch.get_num_threads())
         else:
-            load_tokenizer(Path(settings.tokenizer), settings.model.vocab_size)
-            content = Path(settings.tokenizer).read_bytes()
+            load_pieces(Path(settings.tokenizer), settings.model.vocab_size)
+            content = read_bounded(settings.tokenizer)
         with atomic_file(path) as partial:
             partial.write_bytes(content)
-    tokenizer = load_tokenizer(path, settings.model.vocab_size)
-    bos, eos = tokenizer.bos_id(), tokenizer.eos_id()
+    pieces = load_pieces(path, settings.model.vocab_size)
+    bos, eos = pieces.bos_id(), pieces.eos_id()
 
     def packed(texts: list[str]) -> Packed:
-        return pack(([bos, *tokenizer.encode(text), eos] for text in texts), settings.seq_len)
+        return pack(([bos, *pieces.encode(text), eos] for text in texts), settings.seq_len)
 
     own = None if settings.own is None else packed(read_documents([Path(settings.own)]))
     train = language(packed(documents), own, settings.own_share)

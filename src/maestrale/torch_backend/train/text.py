@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from maestrale.checkpoint.jsonfile import read_bounded
 from maestrale.errors import CheckpointError, UsageError
 
 _SEPARATOR = "\n\n\n"  # paragraphs are separated by one empty line, documents by two
@@ -84,18 +85,16 @@ def _excerpts(documents: Sequence[str]) -> Iterator[str]:
             yield "\n\n".join(paragraphs[i : i + _PARAGRAPHS]) + "\n\n"
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> Any:
+def load_pieces(path: Path, vocab_size: int) -> Any:
     """The SentencePieceProcessor of a file. CheckpointError if it is damaged or has not `vocab_size` pieces."""
     from sentencepiece import SentencePieceProcessor
 
     try:
-        tokenizer = SentencePieceProcessor(model_proto=path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read the tokenizer: {error.strerror}") from None
+        pieces = SentencePieceProcessor(model_proto=read_bounded(path))
     except RuntimeError:
         raise CheckpointError(f"{path}: damaged, or no SentencePiece model") from None
-    if tokenizer.get_piece_size() != vocab_size:
+    if pieces.get_piece_size() != vocab_size:
         raise CheckpointError(
-            f"{path}: {tokenizer.get_piece_size()} pieces, but model.vocab_size is {vocab_size}: make them equal"
+            f"{path}: {pieces.get_piece_size()} pieces, but model.vocab_size is {vocab_size}: make them equal"
         )
-    return tokenizer
+    return pieces
