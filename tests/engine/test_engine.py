@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import letters
 
-from maestrale.errors import RequestError
+from maestrale.errors import CheckpointError, RequestError
 from maestrale.sampling.beam import BeamSearch
 from maestrale.sampling.params import SamplingParams
 
@@ -318,7 +318,7 @@ def test_nan_logits_fail_their_own_request_only(more, place):
     ill = engine.submit(prompt, SamplingParams(**{"max_tokens": 8, "temperature": 0} | more))
     healthy.append(engine.submit([6], greedy(8)))
     run(engine)
-    assert isinstance(ill.error, RequestError)
+    assert isinstance(ill.error, CheckpointError)
     assert "NaN" in str(ill.error) or "nan" in str(ill.error)
     assert (ill.finished, ill.completions) == (True, [])
     for request in healthy:

@@ -130,16 +130,25 @@ def test_a_stream_gives_index_id_and_name_once_and_then_only_arguments(name, tok
     assert all_at_once == ("", joined(pieces))
 
 
+# SentencePiece writes a space as U+2581, so this one comes back as a space.
+WRITTEN = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")
+
+
 @settings(max_examples=30)
 @given(
     calls=st.lists(
         st.tuples(
-            st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8),
+            st.text(WRITTEN, min_size=1, max_size=8),
             st.dictionaries(
-                st.text(max_size=5),
+                st.text(WRITTEN, max_size=5),
                 st.recursive(
-                    st.none() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+                    st.none()
+                    | st.booleans()
+                    | st.floats(allow_nan=False, allow_infinity=False)
+                    | st.text(WRITTEN, max_size=5),
+                    lambda inner: (
+                        st.lists(inner, max_size=3) | st.dictionaries(st.text(WRITTEN, max_size=3), inner, max_size=3)
+                    ),
                     max_leaves=6,
                 ),
                 max_size=3,

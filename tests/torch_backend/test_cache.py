@@ -12,7 +12,7 @@ from tiny import DENSE, MIXTURE, hf_greedy, hf_model, native_weights, tokens
 from maestrale.batch import CacheLayout
 from maestrale.config import ModelConfig
 from maestrale.engine.engine import Engine
-from maestrale.errors import RequestError
+from maestrale.errors import CheckpointError
 from maestrale.sampling.params import SamplingParams
 from maestrale.torch_backend.cache import PagedCache
 from maestrale.torch_backend.model import Transformer
@@ -82,7 +82,7 @@ def test_a_request_whose_keys_are_nan_spoils_no_other_request(config, kernel):
     requests = [engine.submit(prompt, asked) for prompt in prompts]
     while engine.has_work:
         engine.step()
-    assert isinstance(ill.error, RequestError)
+    assert isinstance(ill.error, CheckpointError)
     healthy = hf_model(config)
     healthy.model.embed_tokens.weight[60] = 0
     for prompt, request in zip(prompts, requests, strict=True):

@@ -20,7 +20,7 @@ from maestrale.torch_backend.staging import put
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Sequence[Group]], torch.Tensor]
 
 
-FP8_LARGEST = 448.0
+FP8_LARGEST = torch.finfo(FP8).max  # 448
 
 
 class PagedCache:

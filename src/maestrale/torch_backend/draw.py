@@ -64,7 +64,8 @@ def draw(logits_NV: torch.Tensor, draws: Draws) -> torch.Tensor:
     biased = np.isin(np.arange(len(temperature)), draws.biases[:, 0])
     if (plain := ~np.isnan(temperature) & (temperature == 0) & ~biased).any():
         peak_N, best_N = logits_NV.max(-1)  # of equal ones the first
-        tokens_N = torch.where(put(plain, device) & peak_N.isfinite(), best_N, -1)
+        drawn_N = peak_N.isfinite() if plain.all() else put(plain, device) & peak_N.isfinite()
+        tokens_N = torch.where(drawn_N, best_N, -1)
     rest = np.flatnonzero(~np.isnan(temperature) & ~plain)
     together = max(1, _BLOCK // logits_NV.shape[1])
     for start in range(0, len(rest), together):

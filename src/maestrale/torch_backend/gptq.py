@@ -113,8 +113,8 @@ class Calibrated:
             x_TD = x_BLD.flatten(0, 1)
             if isinstance(self._block, Block):
                 documents_BL = torch.zeros(x_BLD.shape[:2], dtype=torch.int64)
-                turns_TC = rope_turns(packed_positions(documents_BL), self._config.head_dim, self._config.rope_theta)
-                y_TD = self._block(x_TD, turns_TC, packed_attend(documents_BL, self._config.sliding_window))
+                turns_TP = rope_turns(packed_positions(documents_BL), self._config.head_dim, self._config.rope_theta)
+                y_TD = self._block(x_TD, turns_TP, packed_attend(documents_BL, self._config.sliding_window))
             else:
                 y_TD = self._block(x_TD)
             if keep:

@@ -45,10 +45,10 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """What the output layer reads: x_ND, after the last norm."""
         x_TD = self.tok_embeddings(tokens_T)
-        turns_TC = rope_turns(positions_T, self.config.head_dim, self.config.rope_theta)
+        turns_TP = rope_turns(positions_T, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers[:-1]:
-            x_TD = layer(x_TD, turns_TC, attend)
-        x_ND = self.layers[-1](x_TD, turns_TC, attend, rows_N)
+            x_TD = layer(x_TD, turns_TP, attend)
+        x_ND = self.layers[-1](x_TD, turns_TP, attend, rows_N)
         return self.norm(x_ND)
 
 
@@ -75,11 +75,11 @@ class Block(nn.Module):
     def forward(
         self,
         x_TD: torch.Tensor,
-        turns_TC: torch.Tensor,
+        turns_TP: torch.Tensor,
         attend: Attend,
         rows_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), turns_TC, attend)
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), turns_TP, attend)
         if rows_N is not None:
             x_TD = x_TD[rows_N]  # in the last block nobody looks at the other rows any more
         return x_TD + self.feed_forward(self.ffn_norm(x_TD))
@@ -96,9 +96,9 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x_TD: torch.Tensor, turns_TC: torch.Tensor, attend: Attend) -> torch.Tensor:
-        q_THC = rope(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), turns_TC)
-        k_TGC = rope(self.wk(x_TD).unflatten(-1, (-1, self.head_dim)), turns_TC)
+    def forward(self, x_TD: torch.Tensor, turns_TP: torch.Tensor, attend: Attend) -> torch.Tensor:
+        q_THC = rope(self.wq(x_TD).unflatten(-1, (-1, self.head_dim)), turns_TP)
+        k_TGC = rope(self.wk(x_TD).unflatten(-1, (-1, self.head_dim)), turns_TP)
         v_TGC = self.wv(x_TD).unflatten(-1, (-1, self.head_dim))
         return self.wo(attend(self.index, q_THC, k_TGC, v_TGC).flatten(-2))
 
@@ -141,10 +141,10 @@ def rope_turns(positions_T: torch.Tensor, head_dim: int, theta: float) -> torch.
     return torch.complex(angles_TC.cos(), angles_TC.sin())
 
 
-def rope(x_THC: torch.Tensor, turns_TC: torch.Tensor) -> torch.Tensor:
+def rope(x_THC: torch.Tensor, turns_TP: torch.Tensor) -> torch.Tensor:
     """Turns each pair (2j, 2j + 1) of a head, taken as a complex number, by its position's angle.
 
     N4: in fp32, then cast back. One complex product costs a third of the same sums written out.
     """
     pairs_THC = torch.view_as_complex(x_THC.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs_THC * turns_TC.unsqueeze(1)).flatten(-2).to(x_THC.dtype)
+    return torch.view_as_real(pairs_THC * turns_TP.unsqueeze(1)).flatten(-2).to(x_THC.dtype)

@@ -190,8 +190,8 @@ def turned_product(
     eps: float,
     k_SGC: torch.Tensor,
     v_SGC: torch.Tensor,
-    cos_TC: torch.Tensor,
-    sin_TC: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
     positions_T: torch.Tensor,
     sequences_T: torch.Tensor,
     table_BR: torch.Tensor,
@@ -203,7 +203,7 @@ def turned_product(
     q_THC = x_TK.new_empty(T, H, C)
     x_TK, parts, shape = _prepared(x_TK, wqkv, gain_K, eps)
     _few_turned[_grid((H + 2 * G) * C, T, shape)](
-        x_TK, *parts[:4], T, K, *parts[4:], eps, _UNIT, q_THC, k_SGC, v_SGC, cos_TC, sin_TC, positions_T, sequences_T,
+        x_TK, *parts[:4], T, K, *parts[4:], eps, _UNIT, q_THC, k_SGC, v_SGC, cos_TP, sin_TP, positions_T, sequences_T,
         table_BR, table_BR.shape[1], H=H, G=G, C=C, PAGE=page_size, **shape, **LAUNCH,
     )  # fmt: skip
     return q_THC

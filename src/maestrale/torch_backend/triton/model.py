@@ -92,8 +92,8 @@ class FusedTransformer:
     def logits(self, step: Step, cache: PagedCache) -> torch.Tensor:
         """logits_NV in fp32, of the wanted rows; the step's keys and values are in the cache afterwards."""
         eps, page_size = self.config.norm_eps, cache.layout.page_size
-        turns_TC = rope_turns(step.positions_T, self.config.head_dim, self.config.rope_theta)
-        turns = turns_TC.real.contiguous(), turns_TC.imag.contiguous()
+        turns_TP = rope_turns(step.positions_T, self.config.head_dim, self.config.rope_theta)
+        turns = turns_TP.real.contiguous(), turns_TP.imag.contiguous()
         x_TD, added_TD = embedding(step.tokens_T, self.embeddings), None
         for i, layer in enumerate(self.layers):
             kind = cache.kind_of_layer[i]

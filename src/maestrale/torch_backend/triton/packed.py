@@ -19,12 +19,12 @@ from torch.nn.functional import linear
 
 from maestrale.checkpoint.packed import BLOCK, PackedWeight
 from maestrale.checkpoint.packed_room import is_linear
+from maestrale.torch_backend.ops.groups import FP8 as e4m3
 from maestrale.torch_backend.triton.ahead import LAUNCH, begin, wait
 from maestrale.torch_backend.triton.dot import dot
 
 FEW = 64  # rows: above, unpacking costs less than reading the words again for each tile of rows
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
-_FP8 = torch.float8_e4m3fn
 
 
 @triton.jit
@@ -218,9 +218,9 @@ def from_packed(weight: PackedWeight, device: torch.device, dtype: torch.dtype) 
 
 def to_fp8(weight_NK: torch.Tensor) -> PackedLinear:
     """Rounded to nearest, each output's largest value at the format's largest, 448."""
-    top = torch.finfo(_FP8).max
+    top = torch.finfo(e4m3).max
     scales = weight_NK.float().abs().amax(1) / top
-    codes = (weight_NK.float() / torch.where(scales > 0, scales, 1.0).unsqueeze(1)).to(_FP8)
+    codes = (weight_NK.float() / torch.where(scales > 0, scales, 1.0).unsqueeze(1)).to(e4m3)
     return PackedLinear("fp8", (weight_NK.shape[0], weight_NK.shape[1]), 0, codes, scales, None, weight_NK.dtype)
 
 

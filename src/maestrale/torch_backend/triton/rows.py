@@ -113,8 +113,8 @@ def turn_and_keep(
     qkv: torch.Tensor,
     k_SGC: torch.Tensor,
     v_SGC: torch.Tensor,
-    cos_TC: torch.Tensor,
-    sin_TC: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
     positions_T: torch.Tensor,
     sequences_T: torch.Tensor,
     table_BR: torch.Tensor,
@@ -122,13 +122,13 @@ def turn_and_keep(
 ) -> torch.Tensor:
     """qkv [T, (H + 2 G) C] → q_THC, a view of it, turned; k and v are written to the cache's slots of their positions.
 
-    cos_TC, sin_TC: fp32 [T, C / 2]. positions_T, sequences_T, table_BR: int32; a row at position -1 is left out.
+    cos_TP, sin_TP: fp32 [T, P]. positions_T, sequences_T, table_BR: int32; a row at position -1 is left out.
     """
     (_, G, C), (T, width) = k_SGC.shape, qkv.shape
     H = width // C - 2 * G
     heads = min(16, triton.next_power_of_2(H + 2 * G))
     _turn_and_keep[(T, triton.cdiv(H + 2 * G, heads))](
-        qkv, k_SGC, v_SGC, cos_TC, sin_TC, positions_T, sequences_T, table_BR, table_BR.shape[1],
+        qkv, k_SGC, v_SGC, cos_TP, sin_TP, positions_T, sequences_T, table_BR, table_BR.shape[1],
         H=H, G=G, C=C, PAGE=page_size, HEADS=heads, HALF=triton.next_power_of_2(C // 2),
         num_warps=4, **LAUNCH,
     )  # fmt: skip
