@@ -30,7 +30,7 @@ def round_to_nearest(
 ) -> PackedWeight:
     """A stored weight [n, k] as int8 or int4; k is a multiple of `group` for int4. Memory: the result, and a few MB.
 
-    name: of the weight, for errors. threads: at once, as `choose_threads` takes them.
+    name: of the weight, for errors. threads: at once; None: as `choose_threads` says.
 
     CheckpointError where values are NaN, Inf or too large for a scale in float16 (int4).
     """
@@ -47,7 +47,7 @@ def round_to_nearest(
     from concurrent.futures import ThreadPoolExecutor  # slow to import, and a folder that is only run needs none
 
     try:
-        with ThreadPoolExecutor(choose_threads(threads)) as pool:
+        with ThreadPoolExecutor(threads or choose_threads()) as pool:
             return concatenate(list(pool.map(pack, range(0, n, rows))))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from None

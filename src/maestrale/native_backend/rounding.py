@@ -16,7 +16,7 @@ def round_to_nearest(
 ) -> PackedWeight:
     """A stored weight [n, k] as int8 or int4; k is a multiple of `group` for int4. Memory: the result.
 
-    name: of the weight, for errors. threads: at once, as `choose_threads` takes them.
+    name: of the weight, for errors. threads: at once; None: as `choose_threads` says.
     CheckpointError where values are NaN, Inf or too large for a scale in float16 (int4).
     """
     n, k = tensor.shape
@@ -26,7 +26,7 @@ def round_to_nearest(
     }
     scales = {"scales": parts["scales"].view(np.uint16)} if group else {"row_scales": parts["scales"]}
     if not kernels.native.round(
-        kernels.pool(choose_threads(threads)),
+        kernels.pool(threads or choose_threads()),
         kernels.choose_isa(),
         tensor.dtype,
         np.ascontiguousarray(tensor.array),
