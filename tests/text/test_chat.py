@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -217,6 +218,22 @@ def test_an_impossible_chat_is_refused_and_named(messages, ours):
         ours("v3").encode_chat(messages)
     assert error.value.param == "messages"
     assert "\n" not in str(error.value)
+
+
+def test_a_folders_template_of_another_form_is_told_to_be_left_out(tmp_path, ours):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    shutil.copy(ours("v3").path, folder)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ bos_token }}[INST] {{ x }} [/INST]"}')
+    size = ours("v3").vocab_size
+    plain = load_tokenizer(folder, size).encode_chat([USER])  # a warning would be an error here
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "<|im_start|>{{ x }}<|im_end|>"}')
+    with pytest.warns(UserWarning, match=r"tokenizer_config\.json: its chat template is none of Mistral's"):
+        assert load_tokenizer(folder, size).encode_chat([USER]) == plain
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_text("<|user|>")
+    with pytest.warns(UserWarning, match=r"chat_template\.jinja"):
+        load_tokenizer(folder, size).encode_chat([USER])
 
 
 def test_a_long_wrong_value_is_cut_where_it_is_told(ours):

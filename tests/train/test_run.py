@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +85,28 @@ def test_a_run_stopped_by_ctrl_c_saves_and_goes_on_to_the_same_weights(settings,
         assert np.array_equal(array, weights(made.out)[name]), name
     steps = [line["step"] for line in read_log(run.Path(made.out + ".run") / "log.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(settings, monkeypatch, capsys):
+    made, calls = settings(), []
+
+    def interrupted(*args):
+        calls.append(0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "stopping when this step has ended" in capsys.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        pytest.fail("it waited")
+
+    monkeypatch.setattr(loop.steps, "learn", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        train(made)
+    assert (caught.value.code, len(calls)) == (130, 1)
+
+
+def test_a_warm_up_longer_than_the_run_is_told(settings, capsys):
+    train(settings(warmup_steps=6))
+    assert "the learning rate never comes to lr" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(settings, monkeypatch):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Set
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from maestrale.errors import RequestError, UsageError, first_line
+from maestrale.checkpoint.jsonfile import parse_json, read_bounded
+from maestrale.errors import CheckpointError, RequestError, UsageError, first_line
 from maestrale.text.chat import Turn
 from maestrale.text.tools import TOOL_CONTROLS, require_tools
 from maestrale.text.vocabulary import V2_CONTROLS, V7_CONTROLS, V11_CONTROLS, Vocabulary
@@ -24,6 +27,20 @@ _VERSIONS: dict[str | None, tuple[str, Set[str]]] = {
     "v11": ("InstructRequestNormalizerV13", V11_CONTROLS),
     "v13": ("InstructRequestNormalizerV13", V11_CONTROLS),
 }
+
+
+def other_template(folder: Path) -> Path | None:
+    """The file in a model's folder that holds a chat template (of Jinja, for transformers) of another form than
+    Mistral's, if there is one."""
+    config = folder / "tokenizer_config.json"
+    with suppress(OSError, CheckpointError, UnicodeDecodeError):
+        for path in (config, folder / "chat_template.jinja"):
+            if path.is_file():
+                content = read_bounded(path)
+                found = parse_json(content, str(path)).get("chat_template") if path == config else content.decode()
+                if found and "[INST]" not in str(found):
+                    return path
+    return None
 
 
 def has_chat(vocabulary: Vocabulary) -> bool:

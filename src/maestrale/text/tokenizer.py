@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from maestrale.sampling.constraint import Constraint
 from maestrale.sampling.grammar import Grammars
 from maestrale.text.chat import read_messages, read_tools
 from maestrale.text.stream import StreamDecoder
-from maestrale.text.template import ChatTemplate, has_chat, has_tools
+from maestrale.text.template import ChatTemplate, has_chat, has_tools, other_template
 from maestrale.text.tools import CallReader, short_id, tool_constraint
 from maestrale.text.vocabulary import Vocabulary, require_size, require_text
 
@@ -131,6 +132,12 @@ class Tokenizer:
 
     def _chat(self) -> ChatTemplate:
         if self._template is None:
+            if (other := other_template(self.path.parent)) is not None:
+                warnings.warn(
+                    f"{other}: its chat template is none of Mistral's and is not read: chats are written between "
+                    "[INST] and [/INST]; a model that has learnt another form needs its prompts written in that form",
+                    stacklevel=2,
+                )
             self._template = ChatTemplate(self._vocabulary)
         return self._template
 

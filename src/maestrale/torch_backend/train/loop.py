@@ -11,10 +11,11 @@ import fcntl
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import torch
@@ -104,7 +105,12 @@ class Run:
         if settings.compile:
             steps.compile_parts(model)
         self.report = Report(self.folder / "log.jsonl", settings, done.step, silent=not self.ranks.first)
-        with self.report, _stop_signals() as stopped:
+        if 0 < settings.steps <= settings.warmup_steps:
+            self.report.tell(
+                f"warmup_steps = {settings.warmup_steps} and {settings.steps} steps: the learning rate never comes to "
+                f"lr = {settings.lr:g}; lower warmup_steps"
+            )
+        with self.report, _stop_signals(self.report.stopping) as stopped:
             seconds = self._loop(learning, done, stopped)
         if keep_best and heldout is not None:
             self.states.load_best(model)
@@ -159,13 +165,18 @@ class Run:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that a first SIGINT or SIGTERM is put into, so that a step can end before the run does."""
+def _stop_signals(tell: Callable[[], None]) -> Iterator[list[int]]:
+    """A list that a first SIGINT or SIGTERM is put into, and `tell` is called, so that a step can end before the run
+    does. A second one does not wait."""
     stopped: list[int] = []
-    before = {
-        number: signal.signal(number, lambda received, frame: stopped.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def stop(received: int, frame: FrameType | None) -> None:
+        if stopped:
+            sys.exit(SIGTERM_EXIT if received == signal.SIGTERM else SIGINT_EXIT)
+        stopped.append(received)
+        tell()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
     finally:

@@ -89,13 +89,16 @@ class Report:
             line["heldout_bits_per_byte"] = round(bits_per_byte, 5)
             text += f", {bits_per_byte:.4f} bits per byte"
         self._write(line)
-        self._say(text)
+        self.tell(text)
 
     def stopped(self, step: int) -> None:
         """After a signal, and after step `step` was saved."""
-        self._say(f"stopped after step {step} of {self._settings.steps}; --resume goes on")
+        self.tell(f"stopped after step {step} of {self._settings.steps}; --resume goes on")
 
-    def _say(self, text: str) -> None:
+    def stopping(self) -> None:
+        self.tell("stopping when this step has ended and is saved; once more, and what it has done is lost")
+
+    def tell(self, text: str) -> None:
         if self._bar is not None:
             self._bar.console.print(text)
         elif not self._silent:

@@ -18,7 +18,7 @@ from maestrale.torch_backend.triton.ahead import LAUNCH, begin
 from maestrale.torch_backend.triton.attention import slot
 from maestrale.torch_backend.triton.dot import INTERPRETED
 from maestrale.torch_backend.triton.experts import gated
-from maestrale.torch_backend.triton.few_sums import any_sums
+from maestrale.torch_backend.triton.few_sums import any_sums, fetch_words
 from maestrale.torch_backend.triton.packed import PackedLinear
 from maestrale.torch_backend.triton.rows import kept, norm
 
@@ -100,6 +100,7 @@ def _few_gated(
     first = tl.program_id(1) * ROWS
     if BITS and not FP8:
         f = tl.program_id(0) * OUT + tl.arange(0, OUT)
+        fetch_words(data, F + f, n_words, OUT, 2 * IN * (GROUP * BITS // 32))
         one = any_sums(
             x + first * K, gain, data, scales, offsets, f, f < F, T - first, 2 * F, K, n_words, n_groups, eps, unit,
             BITS, GROUP, AFFINE, FP8, ROWS, OUT, IN, ONCE, NORMED,

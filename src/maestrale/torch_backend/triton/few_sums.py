@@ -133,8 +133,8 @@ def word_sums(
 
 
 @triton.jit
-def _fetch_first(data, n, n_words, OUT: tl.constexpr, WORDS: tl.constexpr):
-    """Asks for the first words of a block of 16 outputs; those of two inputs lie in a line."""
+def fetch_words(data, n, n_words, OUT: tl.constexpr, WORDS: tl.constexpr):
+    """Asks for the first words of a block of 16 outputs; two of each output lie in a line."""
     tl.static_assert(OUT == 16)
     block = (tl.min(n, 0) // 16).to(tl.int64)
     fetch(data + (block * n_words + tl.minimum(2 * tl.arange(0, WORDS // 2), n_words - 1)) * 16)
@@ -150,7 +150,7 @@ def any_sums(
     weight. IN: inputs at a time, of words groups of them; those have one row, and no RMSNorm."""
     if BITS and not FP8:
         tl.static_assert(ROWS == 1 and not NORMED)
-        _fetch_first(data, row, n_words, OUT, IN * (GROUP * BITS // 32))
+        fetch_words(data, row, n_words, OUT, 2 * IN * (GROUP * BITS // 32))
         wait()
         sums = word_sums(
             x, data, scales, offsets, row, N, K, n_words, n_groups, unit, BITS, GROUP, AFFINE, OUT, IN
