@@ -39,7 +39,8 @@ class Int4Linear(nn.Module):
     def weight(self) -> torch.Tensor:
         """[out, in], made anew: code times scale in fp32, as `dequantize` has it, rounded to dtype."""
         weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype)
-        rows = max(1, _AT_ONCE // self.in_features)
+        # Compiled, it is one loop that keeps nothing in between.
+        rows = self.out_features if torch.compiler.is_compiling() else max(1, _AT_ONCE // self.in_features)
         parts = zip(self.packed.split(rows), self.scales.split(rows), weight.split(rows), strict=True)
         for packed, scales, part in parts:
             values = torch.empty(part.shape, dtype=torch.float32)
