@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from functools import partial
-
-from kernels import memory
 from protocol import CONTEXT
 
 from maestrale.cli.limits import prefill_operations, step_bytes
 from maestrale.config import ModelConfig
-from maestrale.native_backend import kernels
+from maestrale.native_backend.limits import multiply_rate, read_rate
 from maestrale.plan import count_parameters, tensor_plan
 
 BITS = {"int4": 4.5, "int8": 8, "bf16": 16}  # of a weight; an int4 scale for each 32 included
-_AREA, _PIECE, _PRODUCTS = 1 << 28, 8 << 20, 1_000_000
 
 
 def measure_limits(threads: int) -> dict[str, float | dict[str, float]]:
-    """The best of several: bytes read a second from 256 MB on large pages, products' operations a second by format."""
-    isa = kernels.choose_isa()
-    native, pool = kernels.native, kernels.native.Pool(threads)
-    area = memory(_AREA)
-
-    def read() -> None:
-        for at in range(0, _AREA, _PIECE):
-            native.read_limit(pool, isa, area[at : at + _PIECE])
-
-    operations = {}
-    for bits in BITS:
-        done = native.multiply_limit(pool, isa, bits, _PRODUCTS)
-        operations[bits] = done / best(partial(native.multiply_limit, pool, isa, bits, _PRODUCTS))
-    return {"read_bytes_per_second": _AREA / best(read), "operations_per_second": operations}
-
-
-def best(run: Callable[[], object], times: int = 8) -> float:
-    """The least seconds that a call took."""
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return min(seconds() for _ in range(times))
+    """Bytes read a second, and products' operations a second by format."""
+    operations = {bits: multiply_rate(threads, bits) for bits in BITS}
+    return {"read_bytes_per_second": read_rate(threads), "operations_per_second": operations}
 
 
 def least_seconds(config: ModelConfig, kind: str, bits: str, machine: dict) -> float:

@@ -10,10 +10,12 @@ import torch
 from tiny import DENSE, MIXED, MIXTURE, TIED, hf_model, make_folder
 
 from maestrale.batch import visible
+from maestrale.choices import Options
 from maestrale.cli import main
 from maestrale.cli.bench import CONTEXT, Stand, prompt, rates, read_sizes
-from maestrale.cli.limits import prefill_operations, step_bytes
+from maestrale.cli.limits import machine_limits, prefill_operations, step_bytes
 from maestrale.errors import UsageError
+from maestrale.launch import launch
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_a_wrong_batch_is_refused_by_name(text):
 
 
 def bench(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys.modules["maestrale.cli.bench"], "machine_limits", lambda device, dtype: LIMITS)
+    monkeypatch.setattr(sys.modules["maestrale.cli.bench"], "machine_limits", lambda launched, threads: LIMITS)
     monkeypatch.setattr(sys, "argv", ["maestrale", "bench", *map(str, args)])
     with pytest.raises(SystemExit) as left:
         main()
@@ -142,6 +144,14 @@ def test_with_json_there_is_one_line_and_the_dtype_can_be_chosen(folder, monkeyp
     assert code == 0
     assert json.loads(out)["dtype"] == "bfloat16"
     assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8", "int4"])
+def test_the_native_backend_measures_the_limits_by_its_own_kernels_without_torch(folder, weights):
+    launched = launch(folder, Options(backend="native", weights=weights))
+    limits = machine_limits(launched, 1)
+    assert set(limits) == set(LIMITS)
+    assert all(1e8 < rate < 1e14 for rate in limits.values())
 
 
 @pytest.mark.parametrize("name", ["--prompt-tokens", "--decode-tokens", "--repeats"])

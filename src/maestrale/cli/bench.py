@@ -6,7 +6,6 @@ import json as jsonlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,10 +66,8 @@ def bench(
     facts["peak_memory_bytes"] = peak_memory()  # before the limits are measured, which takes memory too
     if ranks := stand.ranks():
         facts["ranks"] = ranks
-    elif find_spec("torch") is not None:  # it measures the limits
-        import torch
-
-        limits = machine_limits(torch.device(launched.device), getattr(torch, TORCH_NAMES[launched.dtype]))
+    else:
+        limits = machine_limits(launched, running.threads)
         facts |= {"limits": limits} | shares(launched, facts, limits)
     if not json:
         _show(facts)
@@ -268,7 +265,7 @@ def _show(facts: dict[str, Any]) -> None:
     console.print(table)
     if limits := facts.get("limits"):
         console.print(
-            f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s in {facts['dtype']} "
+            f"limits: {limits['matmul_operations_per_second'] / 1e9:,.0f} G operations/s with such weights "
             f"(pre-fill), {limits['read_bytes_per_second'] / 1e9:,.1f} GB/s read (decode)"
         )
     if facts["kernels"]:

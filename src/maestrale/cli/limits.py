@@ -6,17 +6,37 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from maestrale.checkpoint.dtypes import TORCH_NAMES
 from maestrale.config import ModelConfig
 from maestrale.plan import cache_bytes, count_parameters, tensor_plan
+from maestrale.threads import choose_threads
 
 if TYPE_CHECKING:
     import torch
 
+    from maestrale.launch import Launched
 
-def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The best of several runs: bytes read a second from 512 MiB of memory, and operations a second of a matrix
-    product in `dtype` (a multiplication and an addition are two)."""
+
+def machine_limits(launched: Launched, threads: int | None) -> dict[str, float]:
+    """Bytes read a second, and operations of a matrix product (a multiplication and an addition are two): by the
+    backend's own kernels with the model's weights, or by torch in what the model computes in."""
+    if launched.backend != "native":
+        return _torch_limits(launched.device, TORCH_NAMES[launched.dtype])
+    from maestrale.native_backend.limits import multiply_rate, read_rate
+
+    name = "layers.0.attention.wq.weight"
+    bits = 8 * launched.tensor_bytes[name] / tensor_plan(launched.config)[name].size
+    weights = "f32" if bits > 16 else "bf16" if bits > 12 else "int8" if bits > 7 else "int4"
+    count = choose_threads(threads)
+    rate = multiply_rate(count, weights)
+    return {"read_bytes_per_second": read_rate(count), "matmul_operations_per_second": rate}
+
+
+def _torch_limits(place: str, dtype: str) -> dict[str, float]:
+    """The best of several runs, over 512 MiB."""
     import torch
+
+    device = torch.device(place)
 
     def best(run: Callable[[], torch.Tensor], work: float) -> float:
         def seconds() -> float:
@@ -30,7 +50,7 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
     memory = torch.ones(1 << 27, device=device)
     extent = 2048 if device.type == "cpu" else 8192
-    matrix = torch.ones(extent, extent, dtype=dtype, device=device)
+    matrix = torch.ones(extent, extent, dtype=getattr(torch, dtype), device=device)
     return {
         "read_bytes_per_second": best(memory.sum, memory.nbytes),
         "matmul_operations_per_second": best(lambda: matrix @ matrix.T, 2 * extent**3),
