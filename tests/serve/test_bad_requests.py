@@ -88,7 +88,7 @@ WRONG = [
     (("/v1/fim/completions", {"prompt": "a", "suffix": "b"}), "model"),
     (("/tokenize", {}), "prompt"),
     (("/tokenize", {"prompt": "a", "messages": [USER]}), "prompt"),
-    (("/detokenize", {"tokens": [4096]}), "token_ids"),
+    (("/detokenize", {"tokens": [4096]}), "tokens"),
     (("/detokenize", {"tokens": "abc"}), "tokens"),
 ]
 

@@ -65,7 +65,7 @@ def test_control_tokens_show_nothing(name, ours):
 def test_an_id_outside_the_vocabulary_is_refused(name, wrong, ours):
     with pytest.raises(RequestError, match=f"token id {wrong} is outside") as error:
         ours(name).decode([5, wrong])
-    assert error.value.param == "token_ids"
+    assert error.value.param == "tokens"
 
 
 def test_numpy_ids_decode(ours):

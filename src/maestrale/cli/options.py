@@ -22,7 +22,10 @@ MODEL, SAMPLING = "Model", "Sampling"  # groups of the help screens
 _MAX_TEXT = 256 << 20  # bytes of a file that is read whole
 TALKER = "stories-chat"  # the bundled model that has learnt to chat
 
-Model = Annotated[Path | None, Argument(help="A model folder; without one, the bundled model.")]
+Model = Annotated[
+    Path | None,
+    Argument(help="A model folder, a .gguf file, or stories, stories-moe, stories-chat; without one, a bundled model."),
+]
 Adapter = Annotated[Path | None, Option(help="A LoRA adapter to run the model with, unmerged.", group=MODEL)]
 IgnoreUnexpected = Annotated[
     bool, Option(help="Go on where the files hold tensors that the model has no place for.", group=MODEL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -63,7 +64,8 @@ def _listen(settings: Settings) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
-        raise UsageError(f"cannot listen on {settings.host}:{settings.port}: {reason}; try another --port") from None
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise UsageError(f"cannot listen on {settings.host}:{settings.port}: {reason}; try another {other}") from None
     return listener
 
 

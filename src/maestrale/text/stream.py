@@ -72,7 +72,7 @@ class StreamDecoder:
         shown = self._pieces.shown
         if not 0 <= token_id < len(shown):
             raise RequestError(
-                f"token id {token_id} is outside the vocabulary: expected 0 to {len(shown) - 1}", param="token_ids"
+                f"token id {token_id} is outside the vocabulary: expected 0 to {len(shown) - 1}", param="tokens"
             )
         return shown[token_id]
 

@@ -64,11 +64,11 @@ def require_text(text: object, param: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{param}: character {error.start} is U+{ord(text[error.start]):04X}, half of a surrogate pair: "
-            "send well-formed Unicode",
-            param=param,
-        ) from None
+        code = ord(text[error.start])
+        what = f"is U+{code:04X}, half of a surrogate pair"
+        if 0xDC80 <= code <= 0xDCFF:  # so Python hands on what came from a command line
+            what += f" or the byte 0x{code - 0xDC00:02x}, which is no UTF-8"
+        raise RequestError(f"{param}: character {error.start} {what}: send well-formed Unicode", param=param) from None
     return text
 
 
