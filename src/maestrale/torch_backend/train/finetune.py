@@ -95,40 +95,49 @@ def finetune(
     cannot fit.
     """
     with ranks_of_torchrun() as ranks, open_checkpoint(settings.model) as checkpoint:
-        run = Run(settings, resume, force, ranks)
-        with run.owned():
-            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-            longest = checkpoint.config.max_position_embeddings
-            if longest is not None and settings.seq_len > longest:
-                raise UsageError(
-                    f"seq_len = {settings.seq_len} is over the model's max_position_embeddings = {longest}"
-                )
-            data = _read(settings, tokenizer)
-            if ranks.first:
-                _tell(notice, settings, data, tokenizer)
-            steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
-            run.settings = settings = replace(settings, steps=steps)
-            require_memory(checkpoint, settings, ranks)
-            model = prepare(checkpoint, settings, len(data.labels), quantizer)
-            learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            ranks.shard(model)
-            model.train()
-            seconds = run.go(model, data.train, data.heldout, settings.keep_best)
-            loss = None if data.heldout is None else run.look(model, data.heldout, everything=True)
-            run.draw()
-            result = FinetuneResult(
-                out=settings.out,
-                steps=steps,
-                samples=len(data.files[0].samples),
-                cut=data.files[0].long.cut,
-                left_out=data.files[0].long.left_out,
-                learnable=learnable,
-                seconds=round(seconds, 1),
-                heldout_loss=loss,
-                heldout_accuracy=_accuracy(model, data.heldout, settings),
-            )
-            ranks.rest(model)
-            _export(run, settings, checkpoint, model, data, result)
+        return _run(Run(settings, resume, force, ranks), checkpoint, settings, notice, quantizer)
+
+
+def _run(
+    run: Run,
+    checkpoint: Checkpoint,
+    settings: FinetuneSettings,
+    notice: Callable[[str], None],
+    quantizer: Quantizer,
+) -> FinetuneResult:
+    """As `finetune`; when it returns, nobody holds the model, nor so the ranks' links any more."""
+    ranks = run.ranks
+    with run.owned():
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        longest = checkpoint.config.max_position_embeddings
+        if longest is not None and settings.seq_len > longest:
+            raise UsageError(f"seq_len = {settings.seq_len} is over the model's max_position_embeddings = {longest}")
+        data = _read(settings, tokenizer)
+        if ranks.first:
+            _tell(notice, settings, data, tokenizer)
+        steps = settings.steps or max(1, math.ceil(settings.epochs * len(data.train) / settings.batch_size))
+        run.settings = settings = replace(settings, steps=steps)
+        require_memory(checkpoint, settings, ranks)
+        model = prepare(checkpoint, settings, len(data.labels), quantizer)
+        learnable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        ranks.shard(model)
+        model.train()
+        seconds = run.go(model, data.train, data.heldout, settings.keep_best)
+        loss = None if data.heldout is None else run.look(model, data.heldout, everything=True)
+        run.draw()
+        result = FinetuneResult(
+            out=settings.out,
+            steps=steps,
+            samples=len(data.files[0].samples),
+            cut=data.files[0].long.cut,
+            left_out=data.files[0].long.left_out,
+            learnable=learnable,
+            seconds=round(seconds, 1),
+            heldout_loss=loss,
+            heldout_accuracy=_accuracy(model, data.heldout, settings),
+        )
+        ranks.rest(model)
+        _export(run, settings, checkpoint, model, data, result)
     return result
 
 

@@ -5,6 +5,7 @@ One process that no launcher started is a single rank, and nothing here does any
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -101,4 +102,6 @@ def ranks_of_torchrun() -> Iterator[Ranks]:
         # None leaves before the first has written: where one comes to grief at its end, a launcher ends them all.
         ranks.sum(torch.zeros(1))
     finally:
+        # FSDP's modules hold the group, in cycles, and gloo's threads would abort the process that ends around them.
+        gc.collect()
         torch.distributed.destroy_process_group()
