@@ -44,6 +44,9 @@ def test_what_is_there_is_replaced_by_force_only(command, models, tmp_path):
     assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
     assert "--force" in run.err
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    run = command("convert", models["dense"], tmp_path / "out", "--to", "hf", "--force")  # it is no model's folder
+    assert (run.code, (tmp_path / "out" / "mine.txt").read_text()) == (2, "mine")
+    (tmp_path / "out" / "config.json").touch()
     assert command("convert", models["dense"], tmp_path / "out", "--to", "hf", "--force").code == 0
     assert not (tmp_path / "out" / "mine.txt").exists()
 
