@@ -9,7 +9,7 @@ from tiny import DENSE, MIXED, MIXTURE, TIED, hf_greedy, hf_model, make_folder, 
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from maestrale.batch import Batch, CacheLayout
+from maestrale.batch import Batch, CacheLayout, Draws
 from maestrale.checkpoint.quantize import Recipe, quantize
 from maestrale.checkpoint.reader import open_checkpoint
 from maestrale.checkpoint.rounding import round_to_nearest
@@ -75,6 +75,28 @@ def test_tokens_drawn_beside_the_kernels_are_those_that_the_engine_would_draw(na
             engine.step()
         found.append([request.completions[0].token_ids for request in requests])
     assert found[0] == found[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+@pytest.mark.parametrize("kind", [TritonRunner, TorchRunner])
+def test_a_step_is_begun_without_waiting_for_the_device(kind, device):
+    layout = small_layout(DENSE)
+    runner = kind(build(DENSE, device), layout)
+    chunk, decode = batch_of(DENSE, layout, [11, 4], [12, 5]), batch_of(DENSE, layout, [12, 5], [1, 1])
+    greedy = [[0.0, 0, 0, 1, 0]]
+    batches = [
+        dataclasses.replace(batch, draws=Draws(np.array(greedy * len(batch.logit_rows)), np.empty((0, 3))))
+        for batch in (chunk, decode)
+    ]
+    for batch in batches:  # compiles and captures
+        runner.step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        answers = [runner.begin(batch) for batch in batches]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for answer, batch in zip(answers, batches, strict=True):
+        assert (answer().tokens >= 0).sum() == len(batch.logit_rows)
 
 
 def batch_of(config, layout, lasts, counts):

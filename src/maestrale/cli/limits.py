@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from maestrale.checkpoint.dtypes import TORCH_NAMES
 from maestrale.config import ModelConfig
 from maestrale.plan import cache_bytes, count_parameters, tensor_plan
 from maestrale.threads import choose_threads
@@ -21,6 +20,8 @@ def machine_limits(launched: Launched, threads: int | None) -> dict[str, float]:
     """Bytes read a second, and operations of a matrix product (a multiplication and an addition are two): by the
     backend's own kernels with the model's weights, or by torch in what the model computes in."""
     if launched.backend != "native":
+        from maestrale.checkpoint.dtypes import TORCH_NAMES
+
         return _torch_limits(launched.device, TORCH_NAMES[launched.dtype])
     from maestrale.native_backend.limits import multiply_rate, read_rate
 
