@@ -34,7 +34,10 @@ def noted() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def held_back() -> Iterator[None]:
     """Within, a first Ctrl-C waits for the end; a second one does not."""
-    with noted() as pressed:
-        yield
-    if pressed():
-        signal.raise_signal(signal.SIGINT)
+    pressed: Callable[[], bool] = bool
+    try:
+        with noted() as pressed:
+            yield
+    finally:  # also where an error is on its way: the key was pressed
+        if pressed():
+            signal.raise_signal(signal.SIGINT)

@@ -112,9 +112,8 @@ class LLM:
         self._launched = launch(path, options, require_tokenizer, progress)
         self._engine = self._launched.engine
         self._lock, self._process = threading.RLock(), os.getpid()
-        self._news: dict[
-            Request, deque[tuple[Request, Completion]]
-        ] = {}  # each request's queue of pieces; one for all of a run
+        # Each request's queue of pieces; one for all of a run.
+        self._news: dict[Request, deque[tuple[Request, Completion]]] = {}
 
     @property
     def config(self) -> ModelConfig:

@@ -1,6 +1,7 @@
 """A runner that draws tokens is given the next step before the last one is read; nobody's tokens depend on it."""
 
 import random
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from maestrale.engine.engine import Engine
 from maestrale.errors import MaestraleError, MemoryLimitError
 from maestrale.sampling.params import SamplingParams
 
+BY_INDEX = attrgetter("index")
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
@@ -187,5 +189,4 @@ def test_any_mix_of_requests_gives_what_it_gives_one_step_at_a_time(seed, window
     run(ahead)
     for ours, theirs in zip(requests, expected, strict=True):
         assert ours.error is None
-        key = lambda completion: completion.index  # noqa: E731
-        assert sorted(ours.completions, key=key) == sorted(theirs.completions, key=key)
+        assert sorted(ours.completions, key=BY_INDEX) == sorted(theirs.completions, key=BY_INDEX)

@@ -145,22 +145,17 @@ class Stand:
         """Seconds from a prompt of `prompt_tokens` to the token after it."""
         request = self._submit(self.prompt_tokens, 0, 1)
         start = time.perf_counter()
-        while not request.finished:
-            self.engine.step()
+        self._step_until([request], lambda: request.finished)
         return time.perf_counter() - start
 
     def decode(self, size: int) -> Decoding:
         """`decode_tokens` tokens of each of `size` sequences; over stages, a part of them is computed in each step."""
         requests = [self._submit(CONTEXT, i, self.decode_tokens + self.slack) for i in range(size)]
-        while any(request.sequences[0].generated == 0 for request in requests if not request.finished):
-            self.engine.step()
-        if error := next((request.error for request in requests if request.error), None):
-            raise error
+        self._step_until(requests, lambda: all(request.sequences[0].generated for request in requests))
         self.watch.seconds, before = 0.0, self.usage()
         end = self.engine.tokens_out + size * self.decode_tokens
         start = time.perf_counter()
-        while self.engine.tokens_out < end:
-            self.engine.step()
+        self._step_until(requests, lambda: self.engine.tokens_out >= end)
         seconds = time.perf_counter() - start
         outside = (seconds - self.watch.seconds) / self.decode_tokens
         busy = [(now.busy - then.busy) / seconds for now, then in zip(self.usage(), before, strict=True)]
@@ -176,6 +171,12 @@ class Stand:
             {"peak_memory_bytes": usage.peak, "base_memory_bytes": usage.base, "weight_bytes": usage.weights}
             for usage in self.usage()
         ]
+
+    def _step_until(self, requests: Sequence[Any], enough: Callable[[], bool]) -> None:
+        while not enough():
+            self.engine.step()
+            if self.engine.failed:
+                raise next(request.error for request in requests if request.error)
 
     def _submit(self, length: int, seed: int, max_tokens: int) -> Any:
         from maestrale.sampling.params import SamplingParams

@@ -9,14 +9,14 @@ from functools import partial
 
 import numpy as np
 
-from maestrale.native_backend.kernels import choose_isa, native
+from maestrale.native_backend.kernels import choose_isa, native, pool
 
 _AREA, _PIECE, _PRODUCTS, _TIMES = 1 << 28, 8 << 20, 1_000_000, 8
 
 
 def read_rate(threads: int) -> float:
     """Bytes a second from 256 MiB of memory, on large pages where the system has them; the best of several."""
-    isa, pool, room = choose_isa(), native.Pool(threads), mmap.mmap(-1, _AREA)
+    isa, workers, room = choose_isa(), pool(threads), mmap.mmap(-1, _AREA)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         room.madvise(mmap.MADV_HUGEPAGE)
     area = np.frombuffer(room, np.uint8)
@@ -24,14 +24,14 @@ def read_rate(threads: int) -> float:
 
     def read() -> None:
         for at in range(0, _AREA, _PIECE):
-            native.read_limit(pool, isa, area[at : at + _PIECE])
+            native.read_limit(workers, isa, area[at : at + _PIECE])
 
     return _AREA / _least_seconds(read)
 
 
 def multiply_rate(threads: int, weights: str) -> float:
     """Operations a second (a multiplication and an addition are two) with weights of this format (packed.py)."""
-    run = partial(native.multiply_limit, native.Pool(threads), choose_isa(), weights, _PRODUCTS)
+    run = partial(native.multiply_limit, pool(threads), choose_isa(), weights, _PRODUCTS)
     return run() / _least_seconds(run)
 
 

@@ -55,4 +55,4 @@ def draw_losses(logs: Mapping[str, Path], picture: Path) -> None:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
